@@ -1,0 +1,465 @@
+"""The configuration of a run: frozen pydantic models read from TOML, checked once, saved with the run.
+
+    config = load("demo")                                   # a recipe by name, or a path to a TOML file
+    config = load("run.toml", overrides=["phases.minillm.lr=1e-5"])
+
+A key that does not exist is an error that names the nearest one that does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+Precision = Literal["int8", "llm_int8", "fp16", "bf16", "fp32"]
+Keep = Literal["last", "best"]
+
+
+class ConfigError(ValueError):
+    """Something the user gave cannot work. The message is one line: what was given, what is allowed, what to do."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+# -- phases: what one hop does, in order ----------------------------------------------------------
+
+
+class PhaseBase(Frozen):
+    """Fields that every phase has. Sequences are counted over all processes."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; with epochs, whichever comes first")
+    epochs: float | None = Field(None, gt=0, description="passes over the training prompts")
+    batch_size: int = Field(8, ge=1, description="sequences in one optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="sequences in one forward of one process")
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = Field(1e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, gt=0)
+    keep: Keep = "last"
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; needed by keep = 'best'")
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> PhaseBase:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("a phase needs steps or epochs; give at least one of them")
+        if self.keep == "best" and self.eval_every is None:
+            raise ValueError("keep = 'best' needs eval_every, the number of steps between validations")
+        return self
+
+
+class SftPhase(PhaseBase):
+    """Cross-entropy on the responses of the data."""
+
+    objective: Literal["sft"] = "sft"
+
+
+class KdPhase(PhaseBase):
+    """(1 - kd_ratio) CE + kd_ratio T^2 KL(teacher || student) at temperature T on the responses of the data."""
+
+    objective: Literal["kd"] = "kd"
+    kd_ratio: float = Field(1.0, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+
+
+# Each named term of the objective is a field; a preset is only a set of values.
+PRESETS: dict[str, dict[str, Any]] = {
+    # MiniLLM as its paper states it (Gu et al., ICLR 2024), with the return of the last token defined as 0.
+    "minillm": dict(
+        gamma=1.0, include_current=False, whiten=False, reward_scaling=1.0, reward_clip=0.0,
+        weight_single_step=True, clip_weighted_ratio=True, kd_ratio=0.0,
+    ),
+    # What the released code (microsoft/LMOps, minillm) does instead.
+    "lmops": dict(
+        gamma=0.95, include_current=True, whiten=True, reward_scaling=0.5, reward_clip=100.0,
+        weight_single_step=False, clip_weighted_ratio=False, kd_ratio=0.5,
+    ),
+}  # fmt: skip
+
+
+class MinillmPhase(PhaseBase):
+    """Reverse KL on the student's own (teacher-mixed) samples. One round: sample `rollouts`, then `ppo_epochs` over them."""
+
+    objective: Literal["minillm", "lmops"] = "minillm"
+    steps: int | None = Field(5000, ge=1)
+    epochs: float | None = Field(10, gt=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(5e-6, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    # sampling
+    rollouts: int = Field(256, ge=1, description="sequences sampled in one round, over all processes")
+    rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
+    max_new_tokens: int = Field(256, ge=1)
+    mix_alpha: float = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    # optimisation
+    ppo_epochs: int = Field(4, ge=1)
+    clip: float = Field(0.2, gt=0, lt=1)
+    # returns
+    gamma: float = Field(ge=0, le=1)
+    include_current: bool
+    whiten: bool
+    reward_scaling: float = Field(gt=0, description="rewards are divided by it")
+    reward_clip: float = Field(ge=0, description="rewards are clipped to +- it; 0: off")
+    # loss
+    weight_single_step: bool
+    clip_weighted_ratio: bool
+    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
+    kd_ratio: float = Field(ge=0, le=1, description="share of soft cross-entropy in the plain-text term")
+    keep_by: Literal["reverse_kl", "rouge_l"] = "reverse_kl"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
+        return given
+
+
+Phase = Annotated[Union[SftPhase, KdPhase, MinillmPhase], Field(discriminator="objective")]
+
+
+# -- models, data, evaluation ---------------------------------------------------------------------
+
+
+class ModelConfig(Frozen):
+    """One named model: `source` (hub id, folder, GGUF file, known name), or `from` another one with fewer `layers`."""
+
+    source: str | None = None
+    from_: str | None = Field(None, alias="from")
+    layers: int | None = Field(None, ge=1, description="transformer layers kept, those of greatest block influence")
+    precision: Precision = Field("int8", description="of the weights while this model is a frozen teacher")
+    revision: str | None = None
+    trust_remote_code: bool = False
+    prepare: tuple[Phase, ...] = Field((), description="phases that this model goes through once, before any hop")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.source is None) == (self.from_ is None):
+            raise ValueError("a model needs either source or from, not both and not neither")
+        if self.from_ is not None and self.layers is None:
+            raise ValueError("a model with from needs layers, the number of layers to keep")
+        for phase in self.prepare:
+            if phase.objective != "sft":
+                raise ValueError(f"prepare takes phases without a teacher (sft), not {phase.objective}")
+        return self
+
+
+class ChainConfig(Frozen):
+    paths: tuple[tuple[str, ...], ...] = Field(min_length=1, description="each from teacher to student")
+
+
+class DataConfig(Frozen):
+    """Instruction data. Columns left out are found by their usual names."""
+
+    source: str = Field("demo", description="demo, a hub id, or a .json .jsonl .csv .parquet file")
+    split: str = "train"
+    revision: str | None = None
+    instruction: str | None = None
+    context: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    template: Literal["alpaca", "chat"] = "alpaca"
+    test: str | int = Field(500, description="items held out for the test, or a file or hub id of their own")
+    validation: int = Field(0, ge=0, description="items held out for keep = 'best'")
+    limit: int | None = Field(None, ge=1, description="rows used at most, counted before the split")
+    max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped")
+    max_tokens: int = Field(512, ge=2, description="prompt and response are cut here")
+    text: str | None = Field(None, description="plain-text file (one document a line, or jsonl with `text`) for lm_weight")
+
+
+EVAL_PRESETS: dict[str, dict[str, Any]] = {
+    "released": dict(seeds=(10, 20, 30, 40, 50), max_new_tokens=256, sample=True, no_repeat_ngram_size=6),
+    "quick": dict(seeds=(10,), max_new_tokens=48, sample=True, no_repeat_ngram_size=0),
+    "greedy": dict(seeds=(10,), max_new_tokens=256, sample=False, no_repeat_ngram_size=0),
+}
+
+
+class EvalConfig(Frozen):
+    """How models are evaluated; a protocol is a set of values, each of which may be changed."""
+
+    protocol: Literal["released", "quick", "greedy"] = "released"
+    seeds: tuple[int, ...] = Field(min_length=1)
+    max_new_tokens: int = Field(ge=1)
+    sample: bool
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    no_repeat_ngram_size: int = Field(ge=0)
+    batch_size: int = Field(16, ge=1)
+    limit: int | None = Field(None, ge=1, description="test items used at most")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_protocol(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {**EVAL_PRESETS.get(given.get("protocol", "released"), {}), **given}
+        return given
+
+
+class TrainConfig(Frozen):
+    """How students are trained; part of a node's hash."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the arithmetic; weights stay fp32")
+    gradient_checkpointing: bool = False
+    loss_chunk_mb: int = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
+
+
+class RunConfig(Frozen):
+    """Where and how to run; never part of a node's hash."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "triton", "torch"] = Field("auto", description="of the fused losses")
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    save_every_s: float = Field(120.0, ge=0, description="seconds between resumable states")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    trackers: tuple[str, ...] = Field((), description="accelerate's trackers by name: tensorboard, wandb, trackio, ...")
+
+
+class Config(Frozen):
+    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
+    seed: int = Field(0, ge=0)
+    models: dict[str, ModelConfig] = Field(min_length=1)
+    chain: ChainConfig
+    data: DataConfig = DataConfig()
+    phases: tuple[Phase, ...] = Field(min_length=1)
+    hop: dict[str, dict[str, Any]] = Field({}, description="overrides for one hop, keyed 'teacher>student'")
+    train: TrainConfig = TrainConfig()
+    evaluation: EvalConfig = EvalConfig.model_validate({})
+    run: RunConfig = RunConfig()
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
+        for name in models:
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+                raise ValueError(f"the model name {name!r} may hold letters, digits, '.', '_' and '-' only")
+        return models
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Config:
+        hops = set()
+        for path in self.chain.paths:
+            shown = " > ".join(path)
+            if len(path) < 2:
+                raise ValueError(f"the path {shown!r} needs at least a teacher and a student")
+            for name in path:
+                if name not in self.models:
+                    raise ValueError(f"the path {shown!r} names {name!r}, which is no model{_nearest(name, self.models)}")
+            if len(set(path)) != len(path):
+                raise ValueError(f"the path {shown!r} names a model twice")
+            hops |= set(zip(path, path[1:], strict=False))
+        for name, model in self.models.items():
+            seen = [name]
+            while model.from_ is not None:
+                if model.from_ not in self.models:
+                    raise ValueError(
+                        f"model {name!r} is cut from {model.from_!r}, which is no model{_nearest(model.from_, self.models)}"
+                    )
+                if model.from_ in seen:
+                    raise ValueError(f"model {name!r} is cut from itself: {' from '.join([*seen, model.from_])}")
+                seen.append(model.from_)
+                model = self.models[model.from_]
+        names = {f"{a}>{b}" for a, b in hops}
+        for key in self.hop:
+            if key not in names:
+                raise ValueError(f"hop.{key!r} overrides a hop that is on no path{_nearest(key, names)}")
+            a, b = key.split(">")
+            self.hop_phases(a, b)  # checks the overrides
+        return self
+
+    def hop_phases(self, teacher: str, student: str) -> tuple[Phase, ...]:
+        """The phases of one hop: the common ones with `[hop."teacher>student"]` applied to each phase that has the key."""
+        overrides = dict(self.hop.get(f"{teacher}>{student}", {}))
+        phases = [p.model_dump() for p in self.phases]
+        if "phases" in overrides:
+            phases = list(overrides.pop("phases"))
+        parsed = _Phases.model_validate({"phases": phases}).phases
+        for key in overrides:
+            if not any(key in type(p).model_fields for p in parsed):
+                fields = {f for p in parsed for f in type(p).model_fields}
+                raise ValueError(f"hop.'{teacher}>{student}' has an unknown key {key!r}{_nearest(key, fields)}")
+        merged = [
+            p.model_dump() | {k: v for k, v in overrides.items() if k in type(p).model_fields} for p in parsed
+        ]
+        return _Phases.model_validate({"phases": merged}).phases
+
+
+class _Phases(Frozen):
+    phases: tuple[Phase, ...] = Field(min_length=1)
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with mskd."""
+    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a recipe by name or a TOML file, apply `key=value` overrides, check.
+
+    Raises ConfigError with one line that says what is wrong and what is allowed.
+    """
+    path = RECIPES / f"{source}.toml"
+    if not path.is_file():
+        path = Path(source)
+    if not path.is_file():
+        known = recipes()
+        raise ConfigError(f"no recipe or file {str(source)!r}{_nearest(str(source), known)}; recipes: {', '.join(known)}")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path} is no valid TOML: {e}") from None
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+    tree.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem))
+    return parse(tree, overrides, where=path.name)
+
+
+def parse(tree: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Config:
+    """A checked Config from a tree of plain values and `key=value` overrides. Raises ConfigError."""
+    merged = _copy(tree)
+    for item in overrides:
+        _override(merged, item)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as e:
+        raise ConfigError(f"{where}: {_one_line(e)}") from None
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy(v) for v in value]
+    return value
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    """Apply one `a.b.c=value`; the value is TOML, or a plain string. A phase is named by number or objective."""
+    key, sep, text = item.partition("=")
+    if not sep or not key.strip():
+        raise ConfigError(f"--set {item!r} must look like key=value, for example --set phases.minillm.lr=1e-5")
+    try:
+        value = tomllib.loads(f"v = {text.strip()}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    parts = [a or b for a, b in re.findall(r'"([^"]+)"|([^."]+)', key.strip())]
+    node: Any = tree
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(node, list):
+            index = _phase_index(node, part, item)
+            if last:
+                node[index] = value
+            else:
+                node = node[index]
+        elif not isinstance(node, dict):
+            raise ConfigError(f"--set {item!r}: {'.'.join(parts[:i])!r} is a value and has no {part!r}")
+        elif last:
+            node[part] = value
+        else:
+            node = node.setdefault(part, {})
+
+
+def _phase_index(phases: list[Any], part: str, item: str) -> int:
+    names = [p.get("objective") if isinstance(p, dict) else None for p in phases]
+    if part.isdigit() and int(part) < len(phases):
+        return int(part)
+    if names.count(part) == 1:
+        return names.index(part)
+    allowed = ", ".join([str(i) for i in range(len(phases))] + [n for n in names if n])
+    raise ConfigError(f"--set {item!r}: no single entry {part!r} in that list; allowed: {allowed}")
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error, as one line with the key, what was given and what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    loc = [p for p in problem["loc"] if p not in ("sft", "kd", "minillm", "lmops")]
+    key = ".".join(str(p) for p in loc)
+    more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        fields = _fields_at(list(problem["loc"][:-1]))
+        hint = _nearest(str(loc[-1]), fields) or f"; allowed: {', '.join(sorted(fields))}"
+        return f"unknown key {key!r}{hint}{more}"
+    if kind == "missing":
+        return f"{key!r} is missing{more}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{key}: {message}{more}" if key else f"{message}{more}"
+    if kind == "union_tag_invalid":
+        given = problem["input"].get("objective") if isinstance(problem["input"], Mapping) else problem["input"]
+        known = ("sft", "kd", "minillm", "lmops")
+        return f"{key}.objective is {given!r}; allowed: {', '.join(known)}{_nearest(str(given), known)}{more}"
+    if kind == "union_tag_not_found":
+        return f"{key} needs an objective: sft, kd, minillm or lmops{more}"
+    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _fields_at(loc: list[Any]) -> set[str]:
+    """The keys that are valid at a place in the configuration tree."""
+    model: Any = Config
+    for part in loc:
+        if part in ("sft", "kd", "minillm", "lmops") and not isinstance(part, int):
+            model = {"sft": SftPhase, "kd": KdPhase}.get(str(part), MinillmPhase)
+        elif isinstance(part, str) and model is Config:
+            model = {
+                "models": ModelConfig, "chain": ChainConfig, "data": DataConfig, "phases": MinillmPhase,
+                "train": TrainConfig, "evaluation": EvalConfig, "run": RunConfig,
+            }.get(part, Config)  # fmt: skip
+    return {f.alias or name for name, f in model.model_fields.items()}
+
+
+def to_toml(config: Config, header: str = "") -> str:
+    """The resolved configuration as TOML that `load` reads back to an equal Config. `header`: comment lines."""
+    tree = config.model_dump(by_alias=True, exclude_none=True)
+    lines = [f"# {line}".rstrip() for line in header.splitlines()]
+    lines += [f"{k} = {_toml(tree.pop(k))}" for k in ("name", "seed")]
+    for table in ("models", "hop"):
+        entries = tree.pop(table)
+        if entries:
+            lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {_toml(v)}" for k, v in entries.items()]
+    phases = tree.pop("phases")
+    for table, entries in tree.items():
+        lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {_toml(v)}" for k, v in entries.items()]
+    for phase in phases:
+        lines += ["", "[[phases]]"] + [f"{k} = {_toml(v)}" for k, v in phase.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml_key(str(k))} = {_toml(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return repr(value)
