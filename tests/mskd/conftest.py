@@ -1,4 +1,4 @@
-"""Fixtures for tests of mskd: a byte-level tokenizer and a random Llama, made here, in milliseconds, without a download."""
+"""Fixtures for tests of mskd: a byte-level tokenizer and a random Llama, made in milliseconds, without a download."""
 
 from __future__ import annotations
 
