@@ -1,0 +1,128 @@
+"""Statistics of stored evaluations: means with 95 % bootstrap intervals, paired comparison of two models.
+
+Input are the lines that `mskd.evaluate.evaluate` writes, one for each item and seed. The item (the prompt) is always
+the unit that is resampled; an item's values are averaged over its seeds first. Plain numpy, no model is needed.
+
+    summary = summarize("evals/.../test-quick.jsonl")
+    test = paired_bootstrap(item_values(after, "reverse_kl", "teacher"), item_values(before, "reverse_kl", "teacher"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+SEED = 0  # of the resampling: the same lines give the same interval, always
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation file. Raises OSError where it cannot be read, ValueError where it is no such file."""
+    lines = []
+    with open(path, encoding="utf-8") as f:
+        for number, text in enumerate(f, 1):
+            try:
+                line = json.loads(text)
+                line["item"], line["seed"], line["answer_tokens"]
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{path}, line {number}: not a line of an evaluation") from None
+            lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} is empty, an evaluation has at least one line")
+    return lines
+
+
+def item_values(lines: Lines, field: str, teacher: str | None = None) -> dict[int, float]:
+    """One value an item, the mean over its seeds; items without a value are left out.
+
+    field: rouge_l, nll, tokens, answer_tokens; or reverse_kl, agreement together with the teacher's name.
+    """
+    values: dict[int, list[float]] = {}
+    for line in lines:
+        value = line.get(field) if teacher is None else (line.get(field) or {}).get(teacher)
+        if value is not None:
+            values.setdefault(line["item"], []).append(float(value))
+    return {item: math.fsum(v) / len(v) for item, v in sorted(values.items())}
+
+
+def summarize(evaluation: str | Path | Lines) -> dict[str, Any]:
+    """Means of one evaluation with 95 % percentile bootstrap intervals over items, as plain values.
+
+    Keys: items, seeds (counts); rouge_l (0 to 100), perplexity, answer_tokens, and for every teacher by name reverse_kl
+    (nats per token of the model's own answer, mean over items) and agreement (share of the reference tokens). Each
+    figure is {"mean", "low", "high", "items"}, or None where no item has a value. Perplexity is exp of the mean
+    negative log-likelihood per response token (EOS included, prompt excluded) over the set: a ratio of sums,
+    resampled by item.
+    """
+    lines = read_lines(evaluation) if isinstance(evaluation, str | Path) else evaluation
+    teachers = sorted({name for line in lines for name in line.get("reverse_kl") or {}})
+    tokens = item_values(lines, "tokens")
+
+    def ratio(values: Mapping[int, float]) -> dict[str, Any] | None:
+        return _interval([values[i] for i in values], [tokens[i] for i in values])
+
+    def mean(values: Mapping[int, float]) -> dict[str, Any] | None:
+        return _interval(list(values.values()))
+
+    nll = ratio(item_values(lines, "nll"))
+    agreement = {t: item_values(lines, "agreement", t) for t in teachers}
+    return {
+        "items": len({line["item"] for line in lines}),
+        "seeds": len({line["seed"] for line in lines}),
+        "rouge_l": mean(item_values(lines, "rouge_l")),
+        "perplexity": nll and {k: v if k == "items" else _exp(v) for k, v in nll.items()},
+        "answer_tokens": mean(item_values(lines, "answer_tokens")),
+        "reverse_kl": {t: mean(item_values(lines, "reverse_kl", t)) for t in teachers},
+        "agreement": {t: ratio({i: share * tokens[i] for i, share in agreement[t].items()}) for t in teachers},
+    }
+
+
+def paired_bootstrap(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
+    """The mean of a - b over the same items, with its 95 % percentile bootstrap interval.
+
+    Gives mean, low, high, below_zero (share of the resampled means that are < 0), items_below_zero (share of the items)
+    and items. Raises ValueError where the two were not measured on the same items.
+    """
+    if not a or a.keys() != b.keys():
+        raise ValueError(f"a paired comparison needs the same items on both sides, got {len(a)} and {len(b)}")
+    difference = np.array([a[i] - b[i] for i in sorted(a)], dtype=np.float64)
+    means = _resampled_sums(difference[:, None])[:, 0] / len(difference)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "mean": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+        "below_zero": float((means < 0).mean()),
+        "items_below_zero": float((difference < 0).mean()),
+        "items": len(difference),
+    }
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _interval(values: Iterable[float], weights: Iterable[float] | None = None) -> dict[str, Any] | None:
+    """sum(values) / sum(weights) (weights 1 where not given) with its 95 % percentile bootstrap interval."""
+    top = np.array(list(values), dtype=np.float64)
+    if not len(top):
+        return None
+    bottom = np.ones_like(top) if weights is None else np.array(list(weights), dtype=np.float64)
+    sums = _resampled_sums(np.stack([top, bottom], axis=1))
+    low, high = np.quantile(sums[:, 0] / sums[:, 1], [0.025, 0.975])
+    return {"mean": float(top.sum() / bottom.sum()), "low": float(low), "high": float(high), "items": len(top)}
+
+
+def _resampled_sums(columns: np.ndarray) -> np.ndarray:
+    """Sums of the columns [n, k] over RESAMPLES draws of n rows with replacement: [RESAMPLES, k]."""
+    n = len(columns)
+    random = np.random.default_rng(SEED)
+    sums = [columns[random.integers(n, size=(500, n))].sum(axis=1) for _ in range(RESAMPLES // 500)]
+    return np.concatenate(sums)

@@ -1,0 +1,226 @@
+"""What a training loop tells the world: metrics.jsonl, accelerate's trackers, progress on the terminal.
+
+    with Tracker(folder, "teacher>ta", accelerator=accelerator, trackers=("tensorboard",)) as tracker:
+        tracker.truncate_after(step)                # the steps that are done; 0 on a fresh start
+        tracker.start_phase("minillm", 0, 64)       # steps done in this phase, and in all
+        tracker.log({"train/loss": 0.8, "train/reverse_kl": 0.7}, step=25, phase_step=1, shown="reverse_kl")
+
+Steps are optimizer steps of the hop, counted from 1 through all its phases; phase_step counts within the phase.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mskd.config import ConfigError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+PLAIN_EVERY_S = 10.0  # at least, between lines where the output is no terminal
+
+
+class Tracker:
+    """A context manager for one hop. On processes other than the main one every method does nothing.
+
+    folder: the node's; each `log` appends one line {"step", "phase_step", "objective", "time", ...} to metrics.jsonl in
+    it, at once, with null for NaN and infinities. Between an interrupted and an uninterrupted run only "time" (Unix,
+    seconds) and "perf/..." differ. trackers: names that accelerate knows; those that write files do so in `folder`.
+    Raises ConfigError for an unknown tracker or one that is not installed, and OSError, with the path in it, where the
+    metrics cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, *, accelerator: Accelerator | None = None, trackers: Sequence[str] = ()
+    ) -> None:
+        check_trackers(trackers)
+        self.path, self.name = Path(folder) / "metrics.jsonl", name
+        self.main = accelerator is None or accelerator.is_main_process
+        self._names, self._trackers = tuple(trackers), []
+        self._file: Any = None
+        self._progress = _Progress(name)
+
+    def __enter__(self) -> Tracker:
+        if self.main:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+            except OSError as e:
+                raise self._unwritable(e) from None
+            self._trackers = [_start(n, self.name, self.path.parent) for n in self._names]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._progress.stop()
+        if self._file is not None:
+            self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
+
+    def truncate_after(self, step: int) -> None:
+        """Cut metrics.jsonl behind the lines of `step`, for a loop that goes on from there; 0 empties the file.
+
+        A line that a kill tore goes too. A step's lines must be logged before its state is saved.
+        """
+        if not self.main:
+            return
+        try:
+            with open(self.path, "r+b") as f:
+                f.truncate(_length_through(f.read(), step))
+        except OSError as e:
+            raise self._unwritable(e) from None
+
+    def start_phase(self, objective: str, done: int, total: int) -> None:
+        """Name the phase of the following steps. The time left is measured from here: `done` steps took no time."""
+        if self.main:
+            self._progress.start_phase(objective, done, total)
+
+    def log(self, metrics: Mapping[str, Any], *, step: int, phase_step: int, shown: str | None = None) -> None:
+        """Record one step: a line of metrics.jsonl, the trackers, the progress. Values: numbers, 0-d tensors, strings.
+
+        shown: the metric that the progress shows besides the loss, by its key or its key without "train/".
+        """
+        if not self.main:
+            return
+        values = {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
+        line = {"step": step, "phase_step": phase_step, "objective": self._progress.objective, **values}
+        line["time"] = round(time.time(), 3)
+        self._write(json.dumps({k: _json_value(v) for k, v in line.items()}, allow_nan=False).encode() + b"\n")
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+        self._progress.show(phase_step, values, shown)
+
+    def _write(self, data: bytes) -> None:
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError as e:
+            raise self._unwritable(e) from None
+
+    def _unwritable(self, error: OSError) -> OSError:
+        return OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(self.path))
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError unless accelerate knows every tracker and its package is installed."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"run.trackers names {name!r}, which is no tracker; allowed: {', '.join(known)}")
+        if name not in available:
+            package = "'mskd[track]'" if name == "tensorboard" else name.replace("_ml", "-ml")
+            raise ConfigError(f"the tracker {name!r} is not installed; run: pip install {package}")
+
+
+def _start(kind: str, name: str, folder: Path) -> Any:
+    """One of accelerate's trackers, started."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # the trackers ask it which process they are in
+    project = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    build = LOGGER_TYPE_TO_CLASS[kind]
+    try:
+        tracker = build(project, str(folder)) if build.requires_logging_directory else build(project)
+        if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
+            tracker.start()
+    except Exception as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"the tracker {kind!r} does not start: {reason}; mend that or drop it") from e
+    return tracker
+
+
+def _length_through(data: bytes, step: int) -> int:
+    """The number of bytes up to the end of the last whole line of a step <= `step`."""
+    length = 0
+    for line in data.splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError):
+            break
+        length += len(line)
+    return length
+
+
+def _json_value(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- progress -------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """A bar with rich on a terminal (stderr), else now and then a plain line."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.objective = title, ""
+        self.done = self.total = 0
+        self._started = self._printed = 0.0
+        self._bar: Any = None
+
+    def start_phase(self, objective: str, done: int, total: int) -> None:
+        self.stop()
+        self.objective, self.done, self.total = objective, done, total
+        self._started, self._printed = time.monotonic(), -math.inf
+        console = _terminal()
+        if console is not None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(BarColumn(20), TextColumn("{task.fields[line]}", markup=False), console=console)
+            self._bar.add_task("", total=total, completed=done, line=f"{self.title}  {objective}")
+            self._bar.start()
+
+    def show(self, step: int, metrics: Mapping[str, Any], shown: str | None) -> None:
+        now = time.monotonic()
+        line = self._line(step, metrics, shown, now)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, line=line)
+        elif step >= self.total or now - self._printed >= PLAIN_EVERY_S:
+            self._printed = now
+            print(line, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, step: int, metrics: Mapping[str, Any], shown: str | None, now: float) -> str:
+        parts = [f"{self.title}  {self.objective}  step {step}/{self.total}"]
+        parts += [_shown(metrics, key, "{} {:.4g}") for key in ("loss", shown) if key]
+        parts.append(_shown(metrics, "perf/tokens_per_s", "{1:.0f} tokens/s"))
+        if self.done < step < self.total:
+            parts.append(f"{duration((self.total - step) * (now - self._started) / (step - self.done))} left")
+        return "  ".join(part for part in parts if part)
+
+
+def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str:
+    value = metrics.get(key, metrics.get(f"train/{key}"))
+    name = key.rpartition("/")[2].replace("_", " ").replace(" kl", " KL")
+    return form.format(name, value) if isinstance(value, int | float) else ""
+
+
+def _terminal() -> Any:
+    """rich's console on stderr where that is a terminal, else None."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def duration(seconds: float) -> str:
+    """Time as 0:07, 12:34 or 1:02:03."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
