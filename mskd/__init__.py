@@ -1,0 +1,26 @@
+"""mskd: compress language models by multi-step distillation.
+
+    import mskd
+    run = mskd.distill(mskd.load("demo"), out="demo-out")
+
+The fused losses are a package of their own: `mskd_kernels`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mskd.config import Config, ConfigError, load
+
+if TYPE_CHECKING:
+    from mskd.chain import Run, distill
+
+__version__ = "0.1.0"
+__all__ = ["Config", "ConfigError", "Run", "distill", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers are imported when they are needed, not by `import mskd`
+    if name in ("distill", "Run"):
+        from mskd import chain
+
+        return getattr(chain, name)
+    raise AttributeError(f"module 'mskd' has no attribute {name!r}")

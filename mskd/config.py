@@ -90,7 +90,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class MinillmPhase(PhaseBase):
-    """Reverse KL on the student's own (teacher-mixed) samples. One round: sample `rollouts`, then `ppo_epochs` over them."""
+    """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
 
     objective: Literal["minillm", "lmops"] = "minillm"
     steps: int | None = Field(5000, ge=1)
@@ -174,12 +174,16 @@ class DataConfig(Frozen):
     response: str | None = None
     messages: str | None = None
     template: Literal["alpaca", "chat"] = "alpaca"
-    test: str | int = Field(500, description="items held out for the test, or a file or hub id of their own")
+    test: str | int | None = Field(
+        None, description="items held out for the test, or a file or hub id of their own; default: a tenth, at most 500"
+    )
     validation: int = Field(0, ge=0, description="items held out for keep = 'best'")
     limit: int | None = Field(None, ge=1, description="rows used at most, counted before the split")
     max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped")
     max_tokens: int = Field(512, ge=2, description="prompt and response are cut here")
-    text: str | None = Field(None, description="plain-text file (one document a line, or jsonl with `text`) for lm_weight")
+    text: str | None = Field(
+        None, description="plain-text file for lm_weight: one document a line, or .jsonl with `text`"
+    )
 
 
 EVAL_PRESETS: dict[str, dict[str, Any]] = {
@@ -192,7 +196,7 @@ EVAL_PRESETS: dict[str, dict[str, Any]] = {
 class EvalConfig(Frozen):
     """How models are evaluated; a protocol is a set of values, each of which may be changed."""
 
-    protocol: Literal["released", "quick", "greedy"] = "released"
+    protocol: Literal["released", "quick", "greedy"] = "quick"
     seeds: tuple[int, ...] = Field(min_length=1)
     max_new_tokens: int = Field(ge=1)
     sample: bool
@@ -206,14 +210,14 @@ class EvalConfig(Frozen):
     @classmethod
     def _apply_protocol(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            return {**EVAL_PRESETS.get(given.get("protocol", "released"), {}), **given}
+            return {**EVAL_PRESETS.get(given.get("protocol", "quick"), {}), **given}
         return given
 
 
 class TrainConfig(Frozen):
     """How students are trained; part of a node's hash."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the arithmetic; weights stay fp32")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the arithmetic, not the weights")
     gradient_checkpointing: bool = False
     loss_chunk_mb: int = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
 
@@ -258,7 +262,9 @@ class Config(Frozen):
                 raise ValueError(f"the path {shown!r} needs at least a teacher and a student")
             for name in path:
                 if name not in self.models:
-                    raise ValueError(f"the path {shown!r} names {name!r}, which is no model{_nearest(name, self.models)}")
+                    raise ValueError(
+                        f"the path {shown!r} names {name!r}, which is no model{_nearest(name, self.models)}"
+                    )
             if len(set(path)) != len(path):
                 raise ValueError(f"the path {shown!r} names a model twice")
             hops |= set(zip(path, path[1:], strict=False))
@@ -267,7 +273,8 @@ class Config(Frozen):
             while model.from_ is not None:
                 if model.from_ not in self.models:
                     raise ValueError(
-                        f"model {name!r} is cut from {model.from_!r}, which is no model{_nearest(model.from_, self.models)}"
+                        f"model {name!r} is cut from {model.from_!r}, which is no model"
+                        f"{_nearest(model.from_, self.models)}"
                     )
                 if model.from_ in seen:
                     raise ValueError(f"model {name!r} is cut from itself: {' from '.join([*seen, model.from_])}")
@@ -282,7 +289,7 @@ class Config(Frozen):
         return self
 
     def hop_phases(self, teacher: str, student: str) -> tuple[Phase, ...]:
-        """The phases of one hop: the common ones with `[hop."teacher>student"]` applied to each phase that has the key."""
+        """The phases of one hop: the common ones, `[hop."teacher>student"]` applied to each that has the key."""
         overrides = dict(self.hop.get(f"{teacher}>{student}", {}))
         phases = [p.model_dump() for p in self.phases]
         if "phases" in overrides:
@@ -292,10 +299,18 @@ class Config(Frozen):
             if not any(key in type(p).model_fields for p in parsed):
                 fields = {f for p in parsed for f in type(p).model_fields}
                 raise ValueError(f"hop.'{teacher}>{student}' has an unknown key {key!r}{_nearest(key, fields)}")
-        merged = [
-            p.model_dump() | {k: v for k, v in overrides.items() if k in type(p).model_fields} for p in parsed
-        ]
+        merged = [p.model_dump() | {k: v for k, v in overrides.items() if k in type(p).model_fields} for p in parsed]
         return _Phases.model_validate({"phases": merged}).phases
+
+
+class EvaluateConfig(Frozen):
+    """What `mskd evaluate` takes besides the model."""
+
+    seed: int = Field(0, ge=0)
+    precision: Precision = Field("int8", description="of the teacher's weights")
+    data: DataConfig = DataConfig()
+    evaluation: EvalConfig = EvalConfig.model_validate({})
+    run: RunConfig = RunConfig()
 
 
 class _Phases(Frozen):
@@ -320,7 +335,9 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         path = Path(source)
     if not path.is_file():
         known = recipes()
-        raise ConfigError(f"no recipe or file {str(source)!r}{_nearest(str(source), known)}; recipes: {', '.join(known)}")
+        raise ConfigError(
+            f"no recipe or file {str(source)!r}{_nearest(str(source), known)}; recipes: {', '.join(known)}"
+        )
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
@@ -331,13 +348,15 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     return parse(tree, overrides, where=path.name)
 
 
-def parse(tree: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "configuration") -> Config:
-    """A checked Config from a tree of plain values and `key=value` overrides. Raises ConfigError."""
+def parse(
+    tree: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "configuration", kind: type[Any] = Config
+) -> Any:
+    """A checked Config (or another `kind`) from plain values and `key=value` overrides. Raises ConfigError."""
     merged = _copy(tree)
     for item in overrides:
         _override(merged, item)
     try:
-        return Config.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as e:
         raise ConfigError(f"{where}: {_one_line(e)}") from None
 

@@ -1,0 +1,244 @@
+"""What each optimizer step of a phase trains on: forwards over the data, or over rounds of the student's own samples.
+
+    source = OnPolicy(job, phase, seed)
+    for step in range(first, steps):
+        micros = source.work(step)            # depends on the step's number and the weights alone
+
+A step's sequences are the same however many processes share them out: see `deal` and `OnPolicy.mine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mskd import checkpoint, objective
+from mskd.config import ConfigError, KdPhase, MinillmPhase, SftPhase
+from mskd.data import Example, SequenceBatch, end_token_id, order
+from mskd.rollout import Rollout, sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mskd.hop import Job
+
+Micro = tuple[SequenceBatch, Any]  # one forward: its sequences and their loss (an objective.Loss)
+
+
+class OnData:
+    """Steps of an sft or kd phase: sequences of the data, in an order drawn anew each epoch."""
+
+    def __init__(self, job: Job, phase: SftPhase | KdPhase, seed: int) -> None:
+        self.job, self.phase, self.seed = job, phase, seed
+        self.shown = "nll" if isinstance(phase, SftPhase) else "forward_kl"
+
+    def work(self, step: int) -> list[Micro]:
+        """This process's forwards of one optimizer step."""
+        examples = deal(stream(self.job.data.train, step, self.phase.batch_size, self.seed), self.job.accelerator)
+        return supervised(self.job, self.phase, examples)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Nothing is carried from step to step."""
+
+
+class OnPolicy:
+    """Steps of a minillm phase. A round: sample `rollouts` sequences, score them once, `ppo_epochs` over them."""
+
+    shown = "reverse_kl"  # the statistic of the progress line
+
+    def __init__(self, job: Job, phase: MinillmPhase, seed: int) -> None:
+        world = job.accelerator.num_processes
+        if phase.rollouts % phase.batch_size or phase.batch_size % world:
+            raise ConfigError(
+                f"rollouts ({phase.rollouts}) must be a multiple of batch_size ({phase.batch_size}), "
+                f"and batch_size of the number of processes ({world})"
+            )
+        self.job, self.phase, self.seed = job, phase, seed
+        self.batches = phase.rollouts // phase.batch_size
+        self.steps_per_round = self.batches * phase.ppo_epochs
+        self.round: int | None = None
+        self.rollout: Rollout
+        self.sampler: Any = None
+
+    def work(self, step: int) -> list[Micro]:
+        number, inside = divmod(step, self.steps_per_round)
+        if self.round != number:
+            self._score(number, self._sample(number))
+        epoch, batch = divmod(inside, self.batches)
+        chosen = self._batch(number, epoch, batch)
+        micros = [self._micro(part) for part in chunks(chosen, self.phase.micro_batch_size)]
+        return micros + self._text(step)
+
+    def mine(self) -> list[int]:
+        """This process's sequences of a round: whole lanes, so that a sequence never changes its process.
+
+        A lane is the set of sequences that may stand at one place of an optimizer batch; epochs permute within lanes.
+        The batches of a step are then the same however many processes there are.
+        """
+        rank, world = self.job.accelerator.process_index, self.job.accelerator.num_processes
+        return [i for i in range(self.phase.rollouts) if i % self.phase.batch_size % world == rank]
+
+    def _batch(self, number: int, epoch: int, batch: int) -> list[int]:
+        """Places in `self.rollout` of this process's share of one optimizer batch, shortest sequences first."""
+        place = {sequence: i for i, sequence in enumerate(self.mine())}
+        lanes = sorted({sequence % self.phase.batch_size for sequence in place})
+        chosen = []
+        for lane in lanes:
+            seed = checkpoint.stream_seed(self.seed, "lane", number, lane)
+            chosen.append(place[order(self.batches, epoch, seed)[batch] * self.phase.batch_size + lane])
+        lengths = self.rollout.offsets.diff()
+        return sorted(chosen, key=lambda i: (int(lengths[i]), i))
+
+    def _sample(self, number: int) -> Rollout:
+        job, phase = self.job, self.phase
+        examples = stream(job.data.train, number, phase.rollouts, checkpoint.stream_seed(self.seed, "prompts"))
+        mine = self.mine()
+        model = self._sampling_model()
+        model.eval()
+        rollout = sample(
+            model,
+            job.teacher,
+            [examples[i].prompt_ids for i in mine],
+            eos_id=end_token_id(job.tokenizer, job.config.data.template),
+            pad_id=job.tokenizer.pad_token_id,
+            max_new_tokens=phase.max_new_tokens,
+            mix_alpha=phase.mix_alpha,
+            temperature=phase.temperature,
+            top_p=phase.top_p,
+            top_k=phase.top_k,
+            batch_size=phase.rollout_batch_size,
+            seed=checkpoint.stream_seed(self.seed, "rollout"),
+            sequence_ids=[number * phase.rollouts + i for i in mine],
+            should_stop=job.stop,
+        )
+        return rollout
+
+    def _sampling_model(self) -> Any:
+        """The student itself on CPU; on a GPU a 16-bit copy at fixed addresses, refreshed each round."""
+        model = self.job.student
+        if self.job.hardware.teacher_dtype == torch.float32:
+            return model
+        if self.sampler is None:
+            import copy
+
+            self.sampler = copy.deepcopy(model).to(self.job.hardware.teacher_dtype).requires_grad_(False)
+        with torch.no_grad():
+            for mine, theirs in zip(self.sampler.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+        return self.sampler
+
+    def _score(self, number: int, rollout: Rollout) -> None:
+        """One pass of the frozen teacher: its hidden states serve rewards and every epoch of the round."""
+        job, phase = self.job, self.phase
+        assert job.teacher is not None
+        hidden = []
+        for part in chunks(range(len(rollout)), phase.rollout_batch_size):
+            batch = rollout.select(part).to_batch(job.tokenizer.pad_token_id)
+            hidden.append(job.teacher.hidden(batch.to(job.hardware.device)))
+        self.teacher_hidden = torch.cat(hidden)
+        if rollout.teacher_logprobs is None:
+            rollout = objective.score(rollout, self.teacher_hidden, job.teacher.head, phase, loss_options(job))
+        self.advantages = objective.advantages(rollout, phase, reduce=lambda t: job.accelerator.reduce(t, "sum"))
+        self.rollout, self.round = rollout, number
+
+    def _micro(self, places: list[int]) -> Micro:
+        job = self.job
+        part = self.rollout.select(places)
+        flat = self.rollout.token_indices(places)
+        loss = objective.minillm_loss(
+            part,
+            self.advantages[flat],
+            self.teacher_hidden[flat.to(self.teacher_hidden.device)],
+            job.teacher.head,
+            self.phase,
+            **loss_options(job),
+        )
+        return part.to_batch(job.tokenizer.pad_token_id), loss
+
+    def _text(self, step: int) -> list[Micro]:
+        """The plain-text term: as many blocks of the corpus as the batch has sequences; off without a corpus."""
+        job, phase = self.job, self.phase
+        if not job.text or not phase.lm_weight:
+            return []
+        blocks = deal(
+            stream(job.text, step, phase.batch_size, checkpoint.stream_seed(self.seed, "text")), job.accelerator
+        )
+        micros = []
+        for part in chunks(blocks, phase.micro_batch_size):
+            batch = SequenceBatch.from_sequences(
+                [b[:1] for b in part], [b[1:] for b in part], job.tokenizer.pad_token_id
+            )
+            hidden = job.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
+            head = job.teacher.head if phase.kd_ratio else None
+            micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
+        return micros
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The rollout of a round that is under way; the teacher's hidden states are made again from it."""
+        if self.round is None:
+            return {}
+        if self.job.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            parts = gather_object([rollout_tensors(self.rollout)])
+        else:
+            parts = [rollout_tensors(self.rollout)]
+        return {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
+
+    def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        mine = f"{self.job.accelerator.process_index}."
+        own = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+        if own and step % self.steps_per_round:
+            self._score(step // self.steps_per_round, Rollout(**{f.name: own.get(f.name) for f in fields(Rollout)}))
+
+
+def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
+    values = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
+    return {k: v.cpu() for k, v in values.items() if v is not None}
+
+
+def loss_options(job: Job) -> dict[str, Any]:
+    return {"backend": job.config.run.backend, "chunk_bytes": job.config.train.loss_chunk_mb * 2**20}
+
+
+def chunks(items: Sequence, size: int) -> list[list]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def stream(items: Sequence, batch: int, size: int, seed: int) -> list:
+    """Batch number `batch` of an endless stream of epochs, each in an order of its own; no item is left out."""
+    n, places = len(items), range(batch * size, (batch + 1) * size)
+    orders = {p // n: order(n, p // n, seed) for p in (places[0], places[-1], *places[::n])}
+    return [items[orders[p // n][p % n]] for p in places]
+
+
+def deal(batch: list, accelerator: Accelerator) -> list:
+    """This process's share of a batch. Raises ConfigError where some process would have none."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if len(batch) < world:
+        raise ConfigError(
+            f"batch_size is {len(batch)}, less than the {world} processes; give each a sequence"
+        )
+    return batch[rank::world]
+
+
+def supervised(job: Job, phase: SftPhase | KdPhase, examples: Sequence[Example]) -> list[Micro]:
+    """Forwards over examples of the data, longest with longest, so that little is padding."""
+    pad, device = job.tokenizer.pad_token_id, job.hardware.device
+    micros = []
+    ordered = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.response_ids))
+    for part in chunks(ordered, phase.micro_batch_size):
+        batch = SequenceBatch.from_sequences([e.prompt_ids for e in part], [e.response_ids for e in part], pad)
+        if isinstance(phase, KdPhase):
+            hidden = job.teacher.hidden(batch.to(device))
+            loss = objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
+        else:
+            loss = objective.sft_loss(batch, **loss_options(job))
+        micros.append((batch, loss))
+    return micros

@@ -1,0 +1,422 @@
+"""A run: configuration -> nodes in order -> models on disk, evaluations, report.
+
+A node is one model to prepare or one hop to train. Its hash covers all that determines it, so nodes are shared
+between paths and between runs under one OUT, and a node that is done is never run twice:
+
+    run = distill(load("demo"), out="demo-out")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mskd import checkpoint, evaluate, hop, models, prune
+from mskd.batches import chunks
+from mskd.config import Config, ConfigError, EvaluateConfig, ModelConfig, RunConfig, load, parse, to_toml
+from mskd.data import SequenceBatch, load_data
+from mskd.hardware import Hardware, detect
+from mskd.models import Teacher
+from mskd.nodes import Graph, Node
+from mskd.rollout import Interrupted
+from mskd.tracking import check_trackers
+
+SAMPLE_ROWS = 32  # training rows on which block influence is measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, the student of every path by 'teacher>...>student', and the report's figures."""
+
+    directory: Path
+    students: dict[str, Path]
+    summary: dict[str, Any]
+
+
+def distill(
+    config: Config | dict[str, Any],
+    out: str | Path = "out",
+    *,
+    stop: Stop | None = None,
+    echo: Callable[[str], None] = print,
+) -> Run:
+    """Run a configuration to its end under the folder `out`, going on where an earlier run of it was stopped.
+
+    Raises ConfigError for anything the user can mend, Interrupted (state saved) after Ctrl-C or SIGTERM.
+    """
+    config = config if isinstance(config, Config) else parse(config)
+    with (stop or Stop()).listening() as listening:
+        try:
+            return Chain(config, Path(out), listening, echo).run()
+        except Interrupted:
+            raise Interrupted(listening.signal) from None
+
+
+def evaluate_model(
+    model: str,
+    settings: EvaluateConfig,
+    *,
+    teacher: str | None = None,
+    out: str | Path = "out",
+    echo: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Evaluate one model on the test split of `settings.data`; returns the figures and the file of lines.
+
+    model, teacher: hub id, folder, GGUF file or known name. Raises ConfigError for anything the user can mend.
+    """
+    hardware = detect(settings.run.device, "auto", settings.run.attention)
+    _writable(Path(out))
+    folder = models.resolve_source(model)
+    tokenizer = models.load_tokenizer(folder)
+    data = load_data(settings.data, tokenizer, seed=settings.seed, need_responses=False)
+    judges, hashes = {}, {}
+    if teacher is not None:
+        above = models.resolve_source(teacher)
+        models.check_same_tokenizer(models.load_tokenizer(above), tokenizer, teacher, model)
+        name = Path(teacher).name
+        judges[name] = models.load_teacher(above, settings.precision, hardware)
+        hashes[name] = checkpoint.digest([models.content_hash(above), settings.precision])
+    loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
+    file = evaluate.file_name(Path(settings.data.source).stem, data.fingerprint, settings.evaluation, hashes)
+    path = Path(out) / "evals" / checkpoint.weights_digest(folder)[:16] / file
+    echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(data.test)} test items on {hardware.name}")
+    figures = evaluate.evaluate(loaded, tokenizer, data.test, settings.evaluation, out=path, teachers=judges)
+    return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
+
+
+class Stop:
+    """Ctrl-C and SIGTERM ask for a stop; the loop saves and leaves. A second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def check(self) -> None:
+        """Raise Interrupted where a stop was asked for."""
+        if self.signal is not None:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Hear the signals within; in a thread other than the main one the caller's handling stays."""
+
+        def note(number: int, frame: Any) -> None:
+            self.signal = number
+            signal.signal(number, signal.SIG_DFL)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+class Chain:
+    """One run: carries out the nodes of its graph that are not done, evaluates, reports."""
+
+    def __init__(self, config: Config, out: Path, stop: Stop, echo: Callable[[str], None]) -> None:
+        self.config, self.out, self.stop = config, out, stop
+        self.directory = out / "runs" / config.name
+        check_trackers(config.run.trackers)
+        self.hardware = detect(config.run.device, config.train.precision, config.run.attention)
+        _writable(out)
+        self.accelerator = make_accelerator(self.hardware)
+        self.main = self.accelerator.is_main_process
+        self.echo = echo if self.main else lambda line: None
+        with self.accelerator.main_process_first():  # the first one fills the caches
+            self.graph = Graph(config, out, self.hardware)
+        self.nodes, self.tokenizer, self.data = self.graph.nodes, self.graph.tokenizer, self.graph.data
+        self._loaded: tuple[str, Teacher] | None = None
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        """Carry out every node that is not done, evaluate, report."""
+        from mskd import report
+
+        with self._locked(self.directory):
+            self._write_config()
+            done, evals = {}, []
+            for node in self.nodes.values():
+                self.stop.check()
+                done[node.key] = self._ensure(node)
+                evals += self._evaluate(node)
+                if self.main:
+                    self._write_index(done, evals)
+            summary = {}
+            if self.main:
+                self.echo(f"report: {report.write_report(self.directory)}")
+                summary = report.summary(self.directory)
+        students = {" > ".join(p): self.nodes[">".join(p)].folder for p in self.config.chain.paths}
+        return Run(self.directory, students, summary)
+
+    @contextlib.contextmanager
+    def _locked(self, folder: Path) -> Iterator[None]:
+        with checkpoint.lock(folder) if self.main else contextlib.nullcontext():
+            yield
+
+    def _write_config(self) -> None:
+        path = self.directory / "config.toml"
+        if not self.main:
+            return
+        if path.exists():
+            same = {"run": RunConfig()}
+            try:
+                old = load(path).model_copy(update=same)
+            except ConfigError:
+                old = None
+            if old != self.config.model_copy(update=same):
+                raise ConfigError(
+                    f"{self.directory} holds a run with another configuration; give this one a name of its own "
+                    f"(--set name=...) or another --out; models that both need are shared"
+                )
+        header = (
+            f"mskd {versions()['mskd']}, {self.hardware.name}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n{versions()}"
+        )
+        checkpoint.write_text(path, to_toml(self.config, header))
+
+    def _ensure(self, node: Node) -> dict[str, Any]:
+        """done.json of a node, after making the node if need be."""
+        with self._locked(node.directory):
+            done = self._agree(checkpoint.read_done(node.directory) if self.main else None)
+            if done is not None:
+                self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
+                return done
+            if node.source is not None:
+                done = {"weights": None, "parameters": self.graph.sizes[node.name], "source": node.config.source}
+            elif node.teacher is None:
+                done = self._make_model(node)
+            else:
+                done = self._train(node, node.start.folder, node.teacher)
+            done |= {"key": node.key, "hash": node.hash, "versions": versions(), "hardware": self.hardware.name}
+            if self.main:
+                checkpoint.write_json(node.directory / "done.json", done)
+                self._remove_states(node)
+            self.accelerator.wait_for_everyone()
+            return done
+
+    def _agree(self, value: Any) -> Any:
+        """The main process's value, in every process."""
+        if self.accelerator.num_processes == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def _remove_states(self, node: Node) -> None:
+        shutil.rmtree(node.directory / "state", ignore_errors=True)
+
+    def _make_model(self, node: Node) -> dict[str, Any]:
+        """Cut a model by block influence if it is to have fewer layers, then its own phases."""
+        folder = node.start.folder if node.start else self.graph.folders[node.name]
+        done: dict[str, Any] = {}
+        cut = node.directory / ("cut" if node.phases else "model")
+        if node.config.layers is not None and self.main and not cut.is_dir():
+            model = self._load(folder, node.config)
+            rows = sorted(self.data.train, key=lambda e: checkpoint.digest(e.prompt))[:SAMPLE_ROWS]
+            parts = chunks(rows, 8)
+            influence = prune.block_influence(model, [self._sequences(p).to(self.hardware.device) for p in parts])
+            keep = prune.choose_layers(influence, node.config.layers)
+            self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
+            with checkpoint.new_folder(cut) as tmp:
+                models.save_model(prune.cut(model, keep), self.tokenizer, tmp, card=self._card(node))
+                checkpoint.write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
+        self.accelerator.wait_for_everyone()
+        if node.phases:
+            return done | self._train(node, cut if node.config.layers is not None else folder, None)
+        return {"weights": checkpoint.weights_digest(cut), "parameters": self.graph.sizes[node.name]}
+
+    def _sequences(self, examples: list) -> SequenceBatch:
+        return SequenceBatch.from_sequences(
+            [e.prompt_ids for e in examples], [e.response_ids for e in examples], self.tokenizer.pad_token_id
+        )
+
+    def _load(self, folder: Path, config: ModelConfig) -> Any:
+        return models.load_model(
+            folder,
+            device=self.hardware.device,
+            attention=self.hardware.attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    def _teacher(self, node: Node) -> Teacher:
+        c = node.config
+        return models.load_teacher(node.folder, c.precision, self.hardware, trust_remote_code=c.trust_remote_code)
+
+    def _train(self, node: Node, start: Path, teacher: Node | None) -> dict[str, Any]:
+        shown = " then ".join(p.objective for p in node.phases)
+        self.echo(f"{node.key}: {shown}" + (f" against {teacher.name} ({teacher.config.precision})" if teacher else ""))
+        job = hop.Job(
+            name=node.key,
+            directory=node.directory,
+            seed=checkpoint.stream_seed(self.config.seed, node.hash),
+            phases=node.phases,
+            student=self._load(start, node.config),
+            tokenizer=self.tokenizer,
+            teacher=self._teacher(teacher) if teacher else None,
+            data=self.data,
+            text=self.graph.text,
+            config=self.config,
+            hardware=self.hardware,
+            accelerator=self.accelerator,
+            stop=self.stop,
+            validate_rollouts=self._validator(node, teacher) if teacher else None,
+            card=self._card(node),
+        )
+        try:
+            return hop.train(job)
+        finally:
+            self.accelerator.free_memory()
+
+    def _card(self, node: Node) -> str:
+        """The model card of a node: where the model comes from and how it was made."""
+        lines = ["---", "library_name: transformers", "tags: [mskd, distillation]", "---", "", f"# {node.name}", ""]
+        source = self.config.models[self.graph.origin(node.name)].source
+        if node.teacher:
+            objectives = ", then ".join(p.objective for p in node.phases)
+            lines.append(
+                f"Distilled with mskd {versions()['mskd']} along {node.key.replace('>', ' > ')} ({objectives})."
+            )
+        else:
+            lines.append(f"Made with mskd {versions()['mskd']} from {source}.")
+        lines += [
+            f"{self.graph.sizes[node.name]:,} parameters. Data: {self.config.data.source}. Seed {self.config.seed}.",
+            f"Node {node.hash}.",
+            f"The licence of the model it comes from ({source}) applies.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def _evaluate(self, node: Node) -> list[dict[str, Any]]:
+        """Evaluate every stage of a node that was not evaluated before; entries of the run's index."""
+        entries = []
+        for stage, folder in node.stages():
+            teachers = self._judges(node)
+            file = self._eval_file(folder, teachers)
+            if self.main and not (self.out / file).exists():
+                self.stop.check()
+                self.echo(f"{node.key}: evaluating {stage}")
+                loaded = {n.name: self._cached_teacher(n) for n in teachers}
+                model = loaded[node.name].model if node.name in loaded else self._load(folder, node.config)
+                evaluate.evaluate(
+                    model, self.tokenizer, self.data.test, self.config.evaluation, out=self.out / file, teachers=loaded
+                )
+            entries.append({"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"})
+        self.accelerator.wait_for_everyone()
+        return entries
+
+    def _judges(self, node: Node) -> list[Node]:
+        """Whose distributions a model is compared with: the top teacher of its path and the teacher of its hop."""
+        top = self.nodes[node.key.split(">")[0]] if node.teacher else self.nodes[self.config.chain.paths[0][0]]
+        return [top] if node.teacher in (None, top) else [top, node.teacher]
+
+    def _cached_teacher(self, node: Node) -> Teacher:
+        if self._loaded is None or self._loaded[0] != node.key:
+            self._loaded = (node.key, self._teacher(node))
+        return self._loaded[1]
+
+    def _eval_file(self, folder: Path, teachers: list[Node]) -> Path:
+        hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in teachers}
+        data = Path(self.config.data.source).stem
+        file = evaluate.file_name(data, self.data.fingerprint, self.config.evaluation, hashes)
+        return Path("evals") / checkpoint.weights_digest(folder)[:16] / file
+
+    def _validator(self, node: Node, teacher: Node) -> Callable[[Any, str], float]:
+        """ROUGE-L or reverse KL of a model on the validation items: what keep_by of a minillm phase asks for."""
+
+        def validate(model: Any, metric: str) -> float:
+            if not self.data.validation:
+                raise ConfigError("keep = 'best' needs validation items; set data.validation to their number")
+            out = node.directory / "validation.jsonl"
+            judge = {teacher.name: self._cached_teacher(teacher)} if metric == "reverse_kl" else {}
+            evaluate.evaluate(
+                model, self.tokenizer, self.data.validation, self.config.evaluation, out=out, teachers=judge
+            )
+            figures = evaluate.summarize(out)
+            return figures["reverse_kl"][teacher.name]["mean"] if judge else figures["rouge_l"]["mean"]
+
+        return validate
+
+    def _write_index(self, done: dict[str, dict[str, Any]], evals: list[dict[str, Any]]) -> None:
+        nodes = {}
+        for key, d in done.items():
+            node = self.nodes[key]
+            nodes[key] = {
+                "kind": node.kind,
+                "name": node.name,
+                "dir": str(node.directory.relative_to(self.out)),
+                "hash": node.hash,
+            }
+            nodes[key] |= {
+                "parameters": d["parameters"],
+                "seconds": d.get("seconds", 0.0),
+                "phases": [p.objective for p in node.phases],
+            }
+            if node.teacher:
+                nodes[key] |= {"teacher": node.teacher.key, "student": node.start.key}
+        c = self.config.evaluation
+        checkpoint.write_json(
+            self.directory / "index.json",
+            {
+                "name": self.config.name,
+                "paths": [list(p) for p in self.config.chain.paths],
+                "nodes": nodes,
+                "evals": evals,
+                "protocol": c.model_dump() | {"quick": c.protocol != "released"},
+                "data": {"source": self.config.data.source, "train": len(self.data.train), "test": len(self.data.test)},
+                "hardware": {k: str(v) for k, v in dataclasses.asdict(self.hardware).items()},
+                "versions": versions(),
+                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            },
+        )
+
+
+def make_accelerator(hardware: Hardware) -> Any:
+    """The accelerator of this process: CPU or CUDA, mixed precision, a loss scale that starts at 2^11 in fp16."""
+    from accelerate import Accelerator
+    from accelerate.utils import GradScalerKwargs
+
+    return Accelerator(
+        cpu=hardware.device.type == "cpu",
+        mixed_precision=hardware.mixed_precision,
+        kwargs_handlers=[GradScalerKwargs(init_scale=2.0**11)],
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that take part."""
+    names = ("mskd", "torch", "triton", "transformers", "accelerate", "datasets", "bitsandbytes")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found.setdefault("mskd", "0.1.0")
+    return found
+
+
+def _writable(out: Path) -> None:
+    """Make the output folder, or say in one line why it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"cannot write to the output folder {out}: {e.strerror}; choose another with --out") from None

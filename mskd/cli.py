@@ -1,0 +1,206 @@
+"""The command line: parse, call, print.
+
+    mskd distill demo --out demo-out
+    mskd distill --teacher M --via '{layers = 22}' --student '{layers = 16}' --data FILE
+    mskd evaluate MODEL --data FILE        mskd report RUN        mskd doctor
+
+Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 143 stopped with the state saved.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mskd.config import Config, ConfigError, EvaluateConfig, load, parse
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for models, evaluations and runs.")]
+Set = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. phases.minillm.lr=1e-5.")
+]
+
+
+@app.callback()
+def about() -> None:
+    """Compress a language model through a chain: teacher, assistants, student."""
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or a TOML file.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or known name.")] = None,
+    via: Annotated[
+        list[str] | None, typer.Option(help="An assistant; repeat for more. '{layers = 22}': cut from the teacher.")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="The student, named like an assistant.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Instruction data: hub id, or .json .jsonl .csv .parquet file.")
+    ] = None,
+    set: Set = [],  # noqa: A002, B006
+    out: Out = Path("out"),
+) -> None:
+    """Distil through a chain; the same command again goes on where it was stopped."""
+    config = (
+        from_flags(teacher, via or [], student, data, set)
+        if recipe is None
+        else from_recipe(recipe, teacher, via, student, data, set)
+    )
+    from mskd.chain import distill as run
+
+    result = run(config, out, echo=say)
+    for path, folder in result.students.items():
+        say(f"{path}: {folder}")
+    if result.summary:
+        say(json.dumps(result.summary))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or known name.")],
+    data: Annotated[str, typer.Option(help="Instruction data; its test split is used.")] = "demo",
+    teacher: Annotated[str | None, typer.Option(help="Also agreement with, and reverse KL to, this model.")] = None,
+    set: Set = [],  # noqa: A002, B006
+    out: Out = Path("out"),
+) -> None:
+    """ROUGE-L and perplexity of one model, with 95 % intervals; the last line is JSON."""
+    from mskd.chain import evaluate_model
+
+    settings = parse({"data": {"source": data}}, set, where="flags", kind=EvaluateConfig)
+    figures = evaluate_model(model, settings, teacher=teacher, out=out, echo=say)
+    say(json.dumps(figures))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's folder: OUT/runs/NAME.")]) -> None:
+    """Write a run's report again from what is stored."""
+    from mskd.report import write_report
+
+    say(str(write_report(run)))
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine will use, and why."""
+    import mskd_kernels
+
+    from mskd.chain import versions
+    from mskd.hardware import detect
+
+    hardware = detect()
+    say(f"{hardware.name}: {hardware.memory_bytes / 2**30:.1f} GiB")
+    for choice, reason in hardware.reasons.items():
+        say(f"{choice:>10}  {reason}")
+    backend, why = mskd_kernels.backend_for(hardware.device)
+    say(f"{'losses':>10}  {backend}: {why}")
+    for package, version in versions().items():
+        say(f"{package:>14} {version}")
+
+
+def say(line: str) -> None:
+    """One line on stdout, at once."""
+    print(line, flush=True)
+
+
+# -- flags to a configuration ---------------------------------------------------------------------
+
+
+def from_recipe(
+    recipe: str, teacher: str | None, via: list[str] | None, student: str | None, data: str | None, overrides: list[str]
+) -> Config:
+    """A recipe names its models itself; only its data may be changed by flag."""
+    for flag, value in (("--teacher", teacher), ("--via", via), ("--student", student)):
+        if value:
+            raise ConfigError(f"{flag} goes without a recipe; with {recipe} use --set models.{flag[2:]}=...")
+    given = [f"data.source={json.dumps(data)}"] if data else []
+    return load(recipe, [*given, *overrides])
+
+
+def from_flags(
+    teacher: str | None, via: list[str], student: str | None, data: str | None, overrides: list[str]
+) -> Config:
+    """What plain flags stand for: one path, a forward-KL warm-up where a model is cut, then minillm."""
+    for flag, value in (("--teacher", teacher), ("--student", student), ("--data", data)):
+        if value is None:
+            raise ConfigError(
+                f"without a recipe {flag} is needed; give a recipe's name, or --teacher, --student and --data"
+            )
+    assistants = ["ta"] if len(via) == 1 else [f"ta{i}" for i in range(1, len(via) + 1)]
+    names = ["teacher", *assistants, "student"]
+    tables = [
+        model_table(m, flag)
+        for m, flag in zip([teacher, *via, student], ["--teacher", *["--via"] * len(via), "--student"], strict=True)
+    ]
+    phases: list[dict[str, Any]] = [{"objective": "minillm"}]
+    if any("layers" in t for t in tables):
+        phases.insert(0, {"objective": "kd", "epochs": 3, "lr": 3e-4, "warmup_steps": 10, "schedule": "cosine"})
+    tree = {
+        "name": "run",
+        "models": dict(zip(names, tables, strict=True)),
+        "chain": {"paths": [names]},
+        "data": {"source": data},
+        "phases": phases,
+    }
+    return parse(tree, overrides, where="flags")
+
+
+def model_table(given: str | None, flag: str) -> dict[str, Any]:
+    """A model flag's value: a source, or an inline table; a table without an origin is cut from the teacher."""
+    assert given is not None
+    if not given.lstrip().startswith("{"):
+        return {"source": given}
+    try:
+        table = tomllib.loads(f"m = {given}")["m"]
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{flag} {given!r} is no inline table like '{{layers = 16}}': {e}") from None
+    return table if "source" in table or "from" in table or flag == "--teacher" else {"from": "teacher", **table}
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Entry point: runs the app; what a user can mend becomes one line on stderr and exit code 2."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return app(standalone_mode=False) or 0
+    except ConfigError as e:
+        return _fail(str(e))
+    except UsageError as e:
+        return _fail(e.format_message() + "; mskd --help lists what there is")  # type: ignore[attr-defined]
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            where = f" ({e.filename})" if e.filename else ""
+            return _fail(
+                f"{os.strerror(e.errno)}{where}; what was saved is kept: make room or choose another --out, go on"
+            )
+        raise
+    except FloatingPointError as e:
+        return _fail(str(e), 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+    except Exception as e:
+        from mskd.rollout import Interrupted
+
+        if isinstance(e, Interrupted):
+            return _fail(
+                "stopped, the state is saved; the same command goes on from here", 143 if e.args == (15,) else 130
+            )
+        raise
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"mskd: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code

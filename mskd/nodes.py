@@ -1,0 +1,201 @@
+"""What a run consists of: every model to prepare and every hop, with the hash that says what determines it.
+
+All that can be wrong with a configuration in the world it runs in (models, tokenizers, data, sizes) is found here,
+before anything is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mskd import checkpoint, models
+from mskd.config import Config, ConfigError, MinillmPhase, ModelConfig, Phase
+from mskd.data import Splits, load_data, load_text
+from mskd.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Node:
+    """One model to prepare or one hop. `start` is the model it begins from, `teacher` the frozen model above a hop."""
+
+    key: str  # "student", or for a hop its path from the top: "teacher>ta>student"
+    name: str
+    hash: str
+    directory: Path
+    config: ModelConfig
+    phases: tuple[Phase, ...]
+    start: Node | None = None
+    teacher: Node | None = None
+    source: Path | None = None  # a model taken as it is: the folder it lies in
+
+    @property
+    def kind(self) -> str:
+        return "hop" if self.teacher else "model"
+
+    @property
+    def folder(self) -> Path:
+        """The finished model: an ordinary transformers folder."""
+        return self.source or self.directory / "model"
+
+    def stages(self) -> list[tuple[str, Path]]:
+        """The models along this node's training, first to last, by name."""
+        if self.teacher is None:
+            return [("initial", self.folder)]
+        between = [
+            (f"after {p.objective}", self.directory / "phases" / f"{i}-{p.objective}")
+            for i, p in enumerate(self.phases[:-1])
+        ]
+        return [*between, ("final", self.folder)]
+
+
+class Graph:
+    """The nodes of a configuration by key, each after what it needs, with their tokenizer and data.
+
+    Raises ConfigError for what the user can mend.
+    """
+
+    def __init__(self, config: Config, out: Path, hardware: Hardware) -> None:
+        self.config, self.out, self.hardware = config, out, hardware
+        used = self._used()
+        for path in config.chain.paths:
+            for name in path[:-1]:
+                models.check_precision(config.models[name].precision, hardware, name)
+        self.folders: dict[str, Path] = {}
+        for name in used:
+            source = config.models[name].source
+            if source is not None:
+                self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
+        self.sizes = self._sizes(used)
+        self.tokenizer = self._tokenizer()
+        self.data: Splits = load_data(
+            config.data, self.tokenizer, seed=config.seed, need_responses=self._need_responses(used)
+        )
+        text = config.data.text
+        self.text = load_text(text, self.tokenizer, config.data.max_tokens) if text else ()
+        self.nodes: dict[str, Node] = {}
+        self._make_nodes()
+
+    def origin(self, name: str) -> str:
+        """The source model that a model is cut from, in however many cuts; itself where it is a source."""
+        while (above := self.config.models[name].from_) is not None:
+            name = above
+        return name
+
+    # -- checks ------------------------------------------------------------------------------------
+
+    def _used(self) -> list[str]:
+        """Models on a path, and what they are cut from, in the order of the configuration."""
+        used, queue = set(), [name for path in self.config.chain.paths for name in path]
+        while queue:
+            name = queue.pop()
+            used.add(name)
+            above = self.config.models[name].from_
+            queue += [above] if above and above not in used else []
+        return [name for name in self.config.models if name in used]
+
+    def _sizes(self, used: list[str]) -> dict[str, int]:
+        """Parameters of every model, counted without loading one; layers and sizes along the paths are checked."""
+        sizes: dict[str, int] = {}
+        for name in used:
+            m, folder = self.config.models[name], self.folders[self.origin(name)]
+            has = self._layers(m.from_) if m.from_ else models.num_layers(folder)
+            if m.layers is not None and m.layers > has:
+                raise ConfigError(
+                    f"model {name!r} wants {m.layers} layers, but {m.from_ or m.source} has {has}; "
+                    f"give at most {has}"
+                )
+            sizes[name] = models.count_parameters(folder, layers=m.layers)
+        for path in self.config.chain.paths:
+            for above, below in zip(path, path[1:], strict=False):
+                if sizes[below] > sizes[above]:
+                    raise ConfigError(
+                        f"{below!r} ({sizes[below]:,} parameters) is bigger than its teacher {above!r} "
+                        f"({sizes[above]:,}); a path goes from big to small"
+                    )
+        return sizes
+
+    def _layers(self, name: str) -> int:
+        layers = self.config.models[name].layers
+        if layers is None and (above := self.config.models[name].from_) is not None:
+            return self._layers(above)
+        return layers if layers is not None else models.num_layers(self.folders[name])
+
+    def _tokenizer(self) -> Any:
+        """The one tokenizer of all models: that of the first path's teacher."""
+        first = self.config.chain.paths[0][0]
+        loaded = {
+            name: models.load_tokenizer(folder, trust_remote_code=self.config.models[name].trust_remote_code)
+            for name, folder in self.folders.items()
+        }
+        top = loaded[self.origin(first)]
+        for name, tokenizer in loaded.items():
+            models.check_same_tokenizer(top, tokenizer, first, name)
+        return top
+
+    def _need_responses(self, used: list[str]) -> bool:
+        hops = {pair for path in self.config.chain.paths for pair in zip(path, path[1:], strict=False)}
+        phases = [p for a, b in hops for p in self.config.hop_phases(a, b)]
+        phases += [p for name in used for p in self.config.models[name].prepare]
+        return not all(isinstance(p, MinillmPhase) for p in phases)
+
+    def _make_nodes(self) -> None:
+        nodes = self.nodes
+        for path in self.config.chain.paths:
+            above = self._model_node(path[0])
+            for i, name in enumerate(path[1:], 1):
+                start = self._model_node(name)
+                key = ">".join(path[: i + 1])
+                if key not in nodes:
+                    nodes[key] = self._hop_node(key, name, start, above)
+                above = nodes[key]
+
+    def _common(self) -> dict[str, Any]:
+        """What the hash of every trained node covers besides its own."""
+        train = self.config.train.model_dump() | {"precision": self.hardware.mixed_precision}
+        return {
+            "format": checkpoint.FORMAT,
+            "seed": self.config.seed,
+            "data": self.data.fingerprint,
+            "text": checkpoint.digest(self.text),
+            "train": train,
+        }
+
+    def _model_node(self, name: str) -> Node:
+        nodes = self.nodes
+        if name in nodes:
+            return nodes[name]
+        m = self.config.models[name]
+        start = self._model_node(m.from_) if m.from_ else None
+        folder = None if m.from_ else self.folders[name]
+        own: dict[str, Any] = {"layers": m.layers}
+        own["start"] = start.hash if start else models.content_hash(folder)
+        if m.layers is not None:
+            own["sample"] = self.data.fingerprint
+        if m.prepare:
+            own |= {"phases": [p.model_dump() for p in m.prepare]} | self._common()
+        value = checkpoint.digest(own)
+        plain = start is None and m.layers is None and not m.prepare
+        nodes[name] = Node(
+            name,
+            name,
+            value,
+            self.out / "models" / f"{name}-{value[:12]}",
+            m,
+            m.prepare,
+            start,
+            None,
+            folder if plain else None,
+        )
+        return nodes[name]
+
+    def _hop_node(self, key: str, name: str, start: Node, teacher: Node) -> Node:
+        phases = self.config.hop_phases(teacher.name, name)
+        value = checkpoint.digest(
+            self._common()
+            | {"phases": [p.model_dump() for p in phases], "student": start.hash, "teacher": teacher.hash}
+            | {"teacher_precision": teacher.config.precision, "teacher_dtype": str(self.hardware.teacher_dtype)}
+        )
+        directory = self.out / "hops" / f"{name}-from-{teacher.name}-{value[:12]}"
+        return Node(key, name, value, directory, self.config.models[name], phases, start, teacher)

@@ -1,0 +1,113 @@
+"""The configuration: presets, overrides, round trip, and one clear line for every mistake."""
+
+import tomllib
+
+import pytest
+
+from mskd.config import ConfigError, EvalConfig, MinillmPhase, load, parse, recipes, to_toml
+
+TREE = {
+    "models": {
+        "teacher": {"source": "somewhere"},
+        "ta": {"from": "teacher", "layers": 3},
+        "student": {"from": "teacher", "layers": 2},
+    },
+    "chain": {"paths": [["teacher", "ta", "student"], ["teacher", "student"]]},
+    "phases": [{"objective": "kd", "steps": 3}, {"objective": "lmops"}],
+}
+
+
+def test_presets_are_sets_of_values_and_each_value_can_be_changed():
+    paper = MinillmPhase.model_validate({"objective": "minillm"})
+    released = MinillmPhase.model_validate({"objective": "lmops"})
+    assert (paper.gamma, paper.include_current, paper.whiten, paper.weight_single_step) == (1.0, False, False, True)
+    assert (released.gamma, released.include_current, released.whiten, released.reward_scaling) == (0.95, True, True, 0.5)
+    assert (released.kd_ratio, released.reward_clip, released.clip_weighted_ratio) == (0.5, 100.0, False)
+    changed = MinillmPhase.model_validate({"objective": "lmops", "whiten": False})
+    assert changed == released.model_copy(update={"whiten": False})
+    assert EvalConfig.model_validate({"protocol": "released"}).seeds == (10, 20, 30, 40, 50)
+    assert EvalConfig.model_validate({"protocol": "quick", "max_new_tokens": 7}).max_new_tokens == 7
+
+
+def test_round_trip_through_toml():
+    config = parse({**TREE, "hop": {"ta>student": {"lr": 1e-5}}, "data": {"source": 'odd "name"\\\t'}})
+    text = to_toml(config, "two\nlines")
+    assert text.startswith("# two\n# lines\n")
+    assert parse(tomllib.loads(text)) == config
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_loads_and_round_trips(name):
+    config = load(name)
+    assert parse(tomllib.loads(to_toml(config))) == config
+
+
+def test_overrides_reach_every_place():
+    config = parse(
+        TREE,
+        ["phases.lmops.lr=1e-6", "phases.0.steps=9", "data.source=a b.jsonl", "models.ta={from='teacher', layers=4}",
+         'hop."ta>student".lr=0.5', "run.trackers=['tensorboard']", "seed=7"],
+    )  # fmt: skip
+    assert config.phases[1].lr == 1e-6 and config.phases[0].steps == 9
+    assert config.data.source == "a b.jsonl" and config.models["ta"].layers == 4
+    assert config.run.trackers == ("tensorboard",) and config.seed == 7
+    assert [p.lr for p in config.hop_phases("ta", "student")] == [0.5, 0.5]
+    assert [p.lr for p in config.hop_phases("teacher", "ta")] == [1e-4, 1e-6]
+
+
+def test_a_hop_may_have_phases_of_its_own():
+    config = parse({**TREE, "hop": {"teacher>student": {"phases": [{"objective": "sft", "steps": 2}], "lr": 0.1}}})
+    (phase,) = config.hop_phases("teacher", "student")
+    assert (phase.objective, phase.steps, phase.lr) == ("sft", 2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.sorce=x", "unknown key 'data.sorce'; did you mean 'source'?"),
+        ("modles.x=1", "unknown key 'modles'; did you mean 'models'?"),
+        ("phases.lmops.rollout=3", "did you mean 'rollouts'?"),
+        ("models.ta.layer=3", "did you mean 'layers'?"),
+        ("phases.0.steps=many", "phases.0.steps is 'many'"),
+        ("phases.0.objective=ppo", "allowed: sft, kd, minillm, lmops"),
+        ("phases.sft.lr=1", "allowed: 0, 1, kd, lmops"),
+        ("phases.0.lr=-1", "greater than 0"),
+        ("phases.0.keep=best", "needs eval_every"),
+        ("run.device=tpu", "'auto', 'cpu' or 'cuda'"),
+        ("chain.paths=[['teacher','tb']]", "names 'tb', which is no model; did you mean 'ta'?"),
+        ("chain.paths=[['teacher']]", "at least a teacher and a student"),
+        ("chain.paths=[['teacher','ta','teacher']]", "names a model twice"),
+        ("models.ta={from='student', layers=1}", None),
+        ("models.ta={from='taa', layers=1}", "cut from 'taa', which is no model; did you mean 'ta'?"),
+        ("models.ta={from='ta', layers=1}", "cut from itself"),
+        ("models.ta={source='x', from='teacher'}", "either source or from"),
+        ("models.ta={from='teacher'}", "needs layers"),
+        ("models.teacher.precision=int4", "'int8', 'llm_int8', 'fp16', 'bf16' or 'fp32'"),
+        ('hop."teacher>x".lr=1', "is on no path"),
+        ('hop."ta>student".lrr=1', "unknown key 'lrr'; did you mean 'lr'?"),
+        ("name=a/b", "name is 'a/b'"),
+        ("seed", "must look like key=value"),
+        ("seed.x.y=1", "seed is {'x'"),
+        ("data.source.x=1", "data.source is {'x'"),
+    ],
+)
+def test_each_mistake_is_one_clear_line(override, says):
+    try:
+        parse(TREE, [override])
+    except ConfigError as e:
+        assert says is not None and says in str(e)
+        assert "\n" not in str(e) and "validation error" not in str(e)
+    else:
+        assert says is None
+
+
+def test_a_file_that_is_no_toml_or_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load("dmeo")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("a = = 1")
+    with pytest.raises(ConfigError, match="no valid TOML"):
+        load(bad)
+    bad.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="no valid TOML"):
+        load(bad)

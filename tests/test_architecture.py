@@ -1,0 +1,101 @@
+"""Who may import whom, and what the packages may pull in: the rules of the house, read from the source."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STDLIB = set(sys.stdlib_module_names)
+
+LEAVES = {"config", "hardware", "checkpoint"}  # what every module below the loop may use
+# module -> (mskd modules it may import, third-party packages)
+RULES: dict[str, tuple[set[str], set[str]]] = {
+    "__init__": ({"config", "chain"}, set()),
+    "__main__": ({"cli"}, set()),
+    "config": (set(), {"pydantic"}),
+    "hardware": ({"config"}, {"torch", "mskd_kernels"}),
+    "checkpoint": ({"config"}, {"torch", "safetensors"}),
+    "optim": ({"config"}, {"torch"}),
+    "draw": (set(), {"torch"}),
+    "statistics": ({"config"}, {"numpy"}),
+    "quantize": ({"config"}, {"torch", "bitsandbytes"}),
+    "data": (LEAVES, {"torch", "transformers", "datasets"}),
+    "models": (LEAVES | {"data", "quantize"}, {"torch", "transformers", "safetensors", "huggingface_hub", "gguf", "bitsandbytes"}),
+    "prune": (LEAVES | {"data", "models"}, {"torch", "transformers"}),
+    "rollout": (LEAVES | {"data", "models", "draw"}, {"torch", "transformers"}),
+    "objective": (LEAVES | {"data", "models", "rollout"}, {"torch", "mskd_kernels"}),
+    "evaluate": (
+        LEAVES | {"data", "models", "draw", "statistics"},
+        {"torch", "transformers", "rouge_score", "mskd_kernels"},
+    ),
+    "tracking": (LEAVES, {"accelerate", "rich"}),
+    "report": (LEAVES | {"statistics", "tracking"}, {"matplotlib"}),
+    "batches": (LEAVES | {"data", "models", "rollout", "objective", "hop"}, {"torch", "accelerate"}),
+    "hop": (
+        LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},
+        {"torch", "accelerate"},
+    ),
+    "nodes": (LEAVES | {"data", "models"}, set()),
+    "chain": (
+        LEAVES | {"nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
+        {"torch", "accelerate"},
+    ),
+    "cli": ({"config", "chain", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
+}  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it; `from mskd import x` counts as mskd.x."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" if node.module == "mskd" else str(node.module) for alias in node.names}
+    return found
+
+
+def test_every_module_has_a_rule():
+    assert {p.stem for p in (ROOT / "mskd").glob("*.py")} == set(RULES)
+
+
+@pytest.mark.parametrize("module", RULES)
+def test_imports_follow_the_rules(module):
+    own, packages = RULES[module]
+    for name in imports(ROOT / "mskd" / f"{module}.py"):
+        top, _, rest = name.partition(".")
+        if top == "mskd":
+            target = rest.split(".")[0]
+            is_module = (ROOT / "mskd" / f"{target}.py").exists()
+            assert not is_module or target in own, f"mskd.{module} must not import mskd.{target}"
+        else:
+            assert top in STDLIB | packages, f"mskd.{module} must not import {top}"
+
+
+def test_nothing_imports_cli_bench_or_the_folder_kernels():
+    for path in [*ROOT.glob("mskd/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("tests/**/*.py")]:
+        names = imports(path)
+        assert not {n for n in names if n == "kernels" or n.startswith("kernels.")}, path
+        if path.stem not in ("__main__",) and "tests" not in path.parts:
+            assert not {n for n in names if n.startswith(("mskd.cli", "bench"))}, path
+
+
+def test_kernels_import_only_torch_and_triton():
+    for path in ROOT.glob("kernels/mskd_kernels/*.py"):
+        tops = {n.partition(".")[0] for n in imports(path)}
+        assert tops <= STDLIB | {"torch", "triton", "mskd_kernels"}, path
+
+
+def test_the_folder_kernels_is_no_package():
+    # Hugging Face's package has this name; with an __init__.py here transformers would import ours.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_importing_mskd_is_light():
+    code = "import sys, mskd; print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == "[]"
