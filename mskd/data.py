@@ -9,30 +9,25 @@ B sequences, T tokens of the longest one, N response tokens of a batch.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
-import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mskd.config import RECIPES, ConfigError, DataConfig, _nearest
+from mskd.config import ConfigError, DataConfig, _nearest
+from mskd.rows import clean, first_line, missing, read_documents, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-DEMO = RECIPES / "instructions.jsonl"
-FILES = (".json", ".jsonl", ".csv", ".parquet")
 INSTRUCTION = ("instruction", "prompt", "question", "query", "input")
 CONTEXT = ("context", "input")
 RESPONSE = ("response", "output", "answer", "completion", "responses", "outputs", "answers", "references")
@@ -116,8 +111,8 @@ class SequenceBatch:
 
 
 def order(n: int, epoch: int, seed: int) -> list[int]:
-    """The order of n items in an epoch: a permutation that is the same on every machine and version of Python."""
-    return sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}:{epoch}:{i}".encode()).digest())
+    """The order of n items in an epoch, the same on every machine."""
+    return _shuffled(n, f"{seed}:{epoch}")
 
 
 def load_data(
@@ -125,29 +120,34 @@ def load_data(
 ) -> Splits:
     """Read, format, tokenise and split the data of a run.
 
-    A number of test rows is drawn by the seed; of the demo's 50 it takes the first ones. Rows are dropped, and counted
-    in the log, where the prompt is too long or empty, where a needed response is empty, and where train or validation
-    holds the prompt of a row held out from it. Without need_responses, rows may have prompts only.
-    Raises ConfigError, one line.
+    A number of test rows is drawn by the seed; of the demo's own 50 it takes the first ones. Rows are dropped, and
+    counted in the log, where the prompt is empty or too long, where a needed response is empty, and where they have the
+    prompt of a row held out from them. Without need_responses, rows may have prompts only. Raises ConfigError.
     """
+    if isinstance(config.test, int) and config.test < 0:
+        raise ConfigError(f"data.test is {config.test}; give a number of rows from 0 up, a file or a hub id")
     examples = _load(config.source, "data.source", config, tokenizer, need_responses)
-    test: list[Example]
+    drawn = 0
     if isinstance(config.test, str):
         test = _load(config.test, "data.test", config, tokenizer, need_responses)
-    elif config.test < 0:
-        raise ConfigError(f"data.test is {config.test}; give a number of rows from 0 up, a file or a hub id")
     elif config.source == "demo":
         test = _load("demo", "data.test", config, tokenizer, need_responses)[: config.test]
     else:
-        _check_room(config, len(examples), config.test + config.validation)
-        examples = [examples[i] for i in order(len(examples), -1, seed)]
-        test, examples = examples[: config.test], examples[config.test :]
-    examples = _without(test, examples, "test")
-    _check_room(config, len(examples), config.validation)
-    examples = [examples[i] for i in order(len(examples), -2, seed)]
-    validation, train = examples[: config.validation], examples[config.validation :]
-    train = _without(validation, train, "validation")
-    _check_room(config, len(train), 0)
+        drawn = min(500, max(1, len(examples) // 10)) if config.test is None else config.test
+        test = _draw(examples, drawn, seed, "test")
+    if drawn + config.validation >= len(examples):
+        raise ConfigError(
+            f"{config.source} has {len(examples)} usable rows: {drawn} for the test (data.test) and "
+            f"{config.validation} for the validation (data.validation) leave none to train on; lower them or add rows"
+        )
+    rest = _without(test, examples)
+    validation = _draw(rest, config.validation, seed, "validation")
+    train = _without(validation, rest)
+    twins = len(examples) - drawn - len(validation) - len(train)
+    if not train:
+        raise ConfigError(f"{config.source}: all rows left to train on have the prompt of a test or validation row")
+    if twins:
+        log.warning("%s: %d rows dropped: with the prompt of a test or validation row", config.source, twins)
     return Splits(tuple(train), tuple(validation), tuple(test), _fingerprint(config, (train, validation, test)))
 
 
@@ -157,7 +157,7 @@ def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) ->
     path: .txt, a document a line, or .jsonl with `text`. Raises ConfigError.
     """
     end = end_token_id(tokenizer)
-    stream = [i for ids in _ids(_documents(path), tokenizer) for i in (*ids, end)]
+    stream = [i for ids in _ids(read_documents(path), tokenizer) for i in (*ids, end)]
     blocks = [tuple(stream[i : i + max_tokens]) for i in range(0, len(stream), max_tokens)]
     return tuple(block for block in blocks if len(block) > 1)  # one token alone predicts nothing
 
@@ -179,21 +179,20 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, template: str = "alpaca") -
 # -- splits ---------------------------------------------------------------------------------------
 
 
-def _without(held_out: Sequence[Example], examples: list[Example], name: str) -> list[Example]:
-    """The examples whose prompt is not held out."""
+def _draw(examples: Sequence[Example], count: int, seed: int, purpose: str) -> list[Example]:
+    """`count` examples drawn by the seed; each purpose draws anew."""
+    return [examples[i] for i in _shuffled(len(examples), f"{seed}:{purpose}")[:count]]
+
+
+def _without(held_out: Sequence[Example], examples: Sequence[Example]) -> list[Example]:
+    """The examples, in their order, less those that are held out or have the same prompt as one of them."""
     prompts = {e.prompt for e in held_out}
-    kept = [e for e in examples if e.prompt not in prompts]
-    if len(kept) < len(examples):
-        log.warning("%d rows have the prompt of a %s row and are dropped", len(examples) - len(kept), name)
-    return kept
+    return [e for e in examples if e.prompt not in prompts]
 
 
-def _check_room(config: DataConfig, usable: int, held_out: int) -> None:
-    if usable <= held_out:
-        raise ConfigError(
-            f"{config.source} has {usable} usable rows, too few to train after data.test = {config.test!r} and "
-            f"data.validation = {config.validation}; lower these two or give more data"
-        )
+def _shuffled(n: int, salt: str) -> list[int]:
+    """A permutation that is the same on every machine and in every version of Python."""
+    return sorted(range(n), key=lambda i: hashlib.sha256(f"{salt}:{i}".encode()).digest())
 
 
 def _fingerprint(config: DataConfig, splits: Sequence[Sequence[Example]]) -> str:
@@ -204,7 +203,7 @@ def _fingerprint(config: DataConfig, splits: Sequence[Sequence[Example]]) -> str
             digest.update(json.dumps([e.prompt, e.prompt_ids, e.response_ids, e.references]).encode() + b"\n")
         digest.update(b"\n")
     if config.text is not None:
-        digest.update(json.dumps([config.max_tokens, _documents(config.text)]).encode())
+        digest.update(json.dumps([config.max_tokens, read_documents(config.text)]).encode())
     return digest.hexdigest()
 
 
@@ -225,7 +224,7 @@ def _load(
     source: str, key: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, need_responses: bool
 ) -> list[Example]:
     """The usable examples of one file or hub id, in its order; says how many rows it dropped and why."""
-    raw = _read(source, key, config)
+    raw = read_rows(source, key, config)
     if not raw:
         raise ConfigError(f"{key} {source!r} holds no rows")
     if key == "data.source" and config.limit is not None:
@@ -298,7 +297,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], add
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt))
     except Exception as e:  # a template is a program of its own, and raises what it likes
         roles = ", ".join(turn["role"] for turn in turns)
-        raise ConfigError(f"the tokenizer's chat template refuses the turns {roles}: {_first_line(e)}") from None
+        raise ConfigError(f"the tokenizer's chat template refuses the turns {roles}: {first_line(e)}") from None
 
 
 def _rows(raw: list[dict[str, Any]], source: str, key: str, config: DataConfig, need_responses: bool) -> list[_Row]:
@@ -307,27 +306,25 @@ def _rows(raw: list[dict[str, Any]], source: str, key: str, config: DataConfig, 
     found = {kind: getattr(config, kind) for kind in ("instruction", "context", "response", "messages")}
     for kind, name in found.items():
         if name is not None and name not in present:
-            raise _missing(f"data.{kind} = {name!r} is no column", key, source, present, _nearest(name, present))
+            raise missing(f"data.{kind} = {name!r} is no column", key, source, present, _nearest(name, present))
     if not any(found.values()):
         found["messages"] = _usual(MESSAGES, present)
     if found["messages"] is not None:
+        if found["instruction"] or found["context"] or found["response"]:
+            raise ConfigError("data.messages takes the place of data.instruction, context and response; name one kind")
         column = found["messages"]
         return [_chat_row(row.get(column), f"{source}, row {i}", need_responses) for i, row in enumerate(raw, 1)]
     if found["instruction"] is None:
         found["instruction"] = _usual(INSTRUCTION, present, taken=(found["context"], found["response"]))
     if found["instruction"] is None:
-        raise _missing("no column holds the instruction; name it with data.instruction", key, source, present)
+        raise missing("no column holds the instruction; name it with data.instruction", key, source, present)
     if found["context"] is None:
         found["context"] = _usual(CONTEXT, present, taken=(found["instruction"], found["response"]))
     if found["response"] is None:
         found["response"] = _usual(RESPONSE, present, taken=(found["instruction"], found["context"]))
     if found["response"] is None and need_responses:
-        raise _missing("no column holds the response; name it with data.response", key, source, present)
+        raise missing("no column holds the response; name it with data.response", key, source, present)
     return [_plain_row(row, found, f"{source}, row {i}") for i, row in enumerate(raw, 1)]
-
-
-def _missing(what: str, key: str, source: str, present: Sequence[str], hint: str = "") -> ConfigError:
-    return ConfigError(f"{key} {source!r}: {what}{hint}; columns there: {', '.join(present) or 'none'}")
 
 
 def _usual(names: Sequence[str], present: Sequence[str], taken: Sequence[str | None] = ()) -> str | None:
@@ -340,10 +337,10 @@ def _plain_row(row: Mapping[str, Any], found: Mapping[str, str | None], where: s
     def cell(kind: str) -> Any:
         return row.get(found[kind] or "")
 
-    instruction = _text(cell("instruction"), f"{where}, {found['instruction']}")
-    context = _text(cell("context"), f"{where}, {found['context']}")
+    instruction = clean(cell("instruction"), f"{where}, {found['instruction']}")
+    context = clean(cell("context"), f"{where}, {found['context']}")
     answers = cell("response") if isinstance(cell("response"), list | tuple) else [cell("response")]
-    references = [_text(answer, f"{where}, {found['response']}") for answer in answers]
+    references = [clean(answer, f"{where}, {found['response']}") for answer in answers]
     content = f"{instruction}\n\n{context}" if context else instruction
     return _Row([{"role": "user", "content": content}], instruction, context, tuple(r for r in references if r))
 
@@ -354,11 +351,11 @@ def _chat_row(value: Any, where: str, need_responses: bool) -> _Row:
         raise ConfigError(f"{where}: messages must be a list of {{role, content}}, not {type(value).__name__}")
     turns = []
     for message in value or ():
-        role = _text(message.get("role") or message.get("from"), where)
+        role = clean(message.get("role") or message.get("from"), where)
         if not role:
             raise ConfigError(f"{where}: a message has no role; it needs the keys role and content")
         content = message["content"] if message.get("content") is not None else message.get("value")
-        turns.append({"role": ROLES.get(role, role), "content": _text(content, f"{where}, content")})
+        turns.append({"role": ROLES.get(role, role), "content": clean(content, f"{where}, content")})
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if turns and not answers and need_responses:
         raise ConfigError(f"{where}: the messages have no assistant turn, and a phase needs a response")
@@ -366,138 +363,3 @@ def _chat_row(value: Any, where: str, need_responses: bool) -> _Row:
     asked = turns[: answers[-1]] if answers else turns
     instruction = asked[-1]["content"] if asked else ""
     return _Row(asked, instruction, "", (reference,) if reference else ())
-
-
-def _text(value: Any, where: str) -> str:
-    """A cell as text: None is empty, numbers are spelled, line ends become \\n, spaces at both ends go."""
-    if value is None or value != value:  # NaN: an empty cell of a column of numbers
-        return ""
-    if not isinstance(value, str | int | float):
-        raise ConfigError(f"{where} holds a {type(value).__name__}, not text")
-    text = str(value).replace("\r\n", "\n").replace("\r", "\n").strip()
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be tokenised
-
-
-# -- reading --------------------------------------------------------------------------------------
-
-
-def _read(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]:
-    """All rows of the demo, of a local file, or of a split on the hub. Raises ConfigError."""
-    if source == "demo":
-        split = "test" if key == "data.test" else "train"
-        return [row for row in _read_json(DEMO, key) if row["split"] == split]
-    path = Path(source).expanduser()
-    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and path.suffix.lower() not in (*FILES, ".txt")
-    if on_hub and not path.exists():
-        return _read_hub(source, key, config)
-    _check_file(path, key, FILES)
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return _read_json(path, key)
-    return _read_table(path, key)
-
-
-def _check_file(path: Path, key: str, suffixes: Sequence[str]) -> None:
-    allowed = " ".join(suffixes)
-    if path.is_dir():
-        raise ConfigError(f"{key} {str(path)!r} is a folder; give a file of it ({allowed})")
-    if not path.exists():
-        near = _nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise ConfigError(f"{key} {str(path)!r} does not exist{near or f'; give a file ({allowed})'}")
-    if path.suffix.lower() not in suffixes:
-        raise ConfigError(f"{key} {str(path)!r} is of no known kind; allowed: {allowed}")
-
-
-def _read_utf8(path: Path, key: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{key} {str(path)!r} is not UTF-8 text: {e.reason} at byte {e.start}") from None
-    except OSError as e:
-        raise ConfigError(f"{key} {str(path)!r} cannot be read: {e.strerror}") from None
-
-
-def _read_json(path: Path, key: str) -> list[dict[str, Any]]:
-    """Rows of JSON lines, or of one JSON list. Not through `datasets`, whose schema inference changes values (a column
-    of dates becomes timestamps) and whose errors name no line."""
-    text = _read_utf8(path, key)
-    whole = text.lstrip().startswith("[")
-    # Only "\n" ends a line: U+2028 and its like may stand inside a JSON string.
-    pieces = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows: list[Any] = []
-    for number, piece in pieces:
-        try:
-            rows += json.loads(piece) if whole else [json.loads(piece)]
-        except json.JSONDecodeError as e:
-            line = number + e.lineno - 1
-            raise ConfigError(f"{key} {str(path)!r}, line {line} is no valid JSON: {e.msg}") from None
-    for i, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ConfigError(f"{key} {str(path)!r}, row {i} is a {type(row).__name__}, not an object with columns")
-    return rows
-
-
-def _read_table(path: Path, key: str) -> list[dict[str, Any]]:
-    """Rows of a CSV or Parquet file, through `datasets`, whose cache lies in a folder that goes when they are read."""
-    import datasets
-
-    kind = path.suffix.lower().removeprefix(".")
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # Every cell is text: an answer "007", "1.50" or "NA" is no number and not missing.
-        header = next(csv.reader(_read_utf8(path, key).splitlines()), None)
-        if header is None:
-            return []
-        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
-        features = datasets.Features({name: datasets.Value("string") for name in names})
-        options = dict(features=features, names=names, header=0, keep_default_na=False, encoding="utf-8-sig")
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            return _load_dataset(kind, data_files=str(path), cache_dir=cache, keep_in_memory=True, **options)
-        except Exception as e:  # pandas, pyarrow and datasets each raise their own
-            raise ConfigError(f"{key} {str(path)!r} cannot be read as {kind}: {_first_line(e)}") from None
-
-
-def _read_hub(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]:
-    """Rows of a data set on the hub; `id:subset` names one of its subsets."""
-    name, _, subset = source.partition(":")
-    split, revision = (config.split, config.revision) if key == "data.source" else ("test", None)
-    try:
-        return _load_dataset(name, subset or None, split=split, revision=revision)
-    except Exception as e:  # no such id, split or subset, no network, no access: each has its own class
-        why = _first_line(e)
-        raise ConfigError(f"{key} {source!r} is no local file, and its split {split!r} on the hub: {why}") from None
-
-
-def _load_dataset(kind: str, *args: Any, split: str = "train", **options: Any) -> list[dict[str, Any]]:
-    import datasets
-
-    bars = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(kind, *args, split=split, **options).to_list()
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _documents(path: str) -> list[str]:
-    """The documents of a plain-text file that are not empty. Raises ConfigError."""
-    file = Path(path).expanduser()
-    _check_file(file, "data.text", (".txt", ".jsonl"))
-    if file.suffix.lower() == ".jsonl":
-        rows = _read_json(file, "data.text")
-        if rows and not any("text" in row for row in rows):
-            raise _missing("no column `text`", "data.text", path, list(rows[0]))
-        documents = [_text(row.get("text"), f"{path}, row {i}, text") for i, row in enumerate(rows, 1)]
-    else:
-        documents = [_text(line, path) for line in _read_utf8(file, "data.text").split("\n")]
-    documents = [document for document in documents if document]
-    if not documents:
-        raise ConfigError(f"data.text {path!r} holds no text")
-    return documents
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, in one line: the cause if the error wraps one."""
-    cause = error.__cause__ or error
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
