@@ -1,0 +1,38 @@
+"""Fused distillation losses: reverse and forward KL and MiniLLM's token objective, from logits or from hidden states.
+
+reverse_kl = KL(student || teacher). Every op has a closed-form CPU path, Triton kernels for CUDA and
+`<op>_reference` in plain torch. This list is the public interface.
+"""
+
+from mskd_kernels._backend import PROVEN_CAPABILITIES, backend_for
+from mskd_kernels.divergence import divergence, divergence_reference, reverse_kl, reverse_kl_reference
+from mskd_kernels.linear import (
+    linear_divergence,
+    linear_divergence_reference,
+    linear_minillm_loss,
+    linear_minillm_loss_reference,
+    linear_reverse_kl,
+    linear_reverse_kl_reference,
+)
+from mskd_kernels.logprobs import linear_logprobs, linear_logprobs_reference
+from mskd_kernels.minillm import MiniLLMLoss, minillm_loss, minillm_loss_reference
+
+__all__ = [
+    "PROVEN_CAPABILITIES",
+    "MiniLLMLoss",
+    "backend_for",
+    "divergence",
+    "divergence_reference",
+    "linear_divergence",
+    "linear_divergence_reference",
+    "linear_logprobs",
+    "linear_logprobs_reference",
+    "linear_minillm_loss",
+    "linear_minillm_loss_reference",
+    "linear_reverse_kl",
+    "linear_reverse_kl_reference",
+    "minillm_loss",
+    "minillm_loss_reference",
+    "reverse_kl",
+    "reverse_kl_reference",
+]

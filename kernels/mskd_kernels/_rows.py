@@ -1,0 +1,265 @@
+"""The row op, the one mechanism of this package: logits of some tokens -> scalars a token -> gradient in the logits.
+
+N tokens (rows), V vocabulary, T temperature. With s and t the student's and the teacher's logits over T, Ls and Lt
+their log-sum-exp, log q = s - Ls, log p = t - Lt, y the token:
+
+    reverse_kl   K = KL(q || p) = sum_v q (log q - log p)      forward_kl   K = KL(p || q) = sum_v p (log p - log q)
+    lq = log q(y)    lp = log p(y)    H = - sum_v q log q
+
+and for any coefficients gK, gy, gH a token (what the loss passes back for K, lq and H):
+
+    d/ds_v = gK q (log q - log p - K)  [forward_kl: gK (q - p)]  + gy (1[v = y] - q) - gH q (log q + H)
+
+Both sides are held in a frame of their own: a constant near the row's maximum is subtracted before anything is
+summed, and Ls, Lt stay in that frame; else K loses its digits where student and teacher are close but offset. The
+raw logits z of a side pass through `softcap * tanh(scale * z / softcap)` first (scale * z without soft-cap).
+
+Here: the op, its dispatch and the torch path (a few rows at a time in cache, in place, no graph). `_triton_rows` has
+the kernels. Neither ever synchronises with the host on a GPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mskd_kernels._inputs import accumulate_dtype
+
+Kind = Literal["reverse_kl", "forward_kl"]
+KINDS: tuple[Kind, ...] = ("reverse_kl", "forward_kl")
+
+# Columns of the statistics [N, 8]. Frames are in units of the soft-capped logits (of the raw ones without a soft-cap).
+VALUE, LOGPROB, TEACHER_LOGPROB, ENTROPY, FRAME, LSE, TEACHER_FRAME, TEACHER_LSE = range(8)
+
+# Elements of one row block of the torch path: about 1.5 MB in float32 stays in the cache of a CPU core.
+_CPU_BLOCK = 400_000
+_GPU_BLOCK = 16 * 1024**2
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the raw logits of one side become logits."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class RowOp:
+    """The settings of a row op. `kind` None: there is no teacher."""
+
+    kind: Kind | None
+    backend: str
+    temperature: float = 1.0
+    student: Side = Side()
+    teacher: Side = Side()
+    entropy: bool = False
+
+
+class Coefficients(NamedTuple):
+    """What the loss passes back a token, each [N] or None: of K, of log q(y), of the entropy."""
+
+    value: Tensor | None = None
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None = None) -> Tensor:
+    """Raw logits s, t [N, V] (any row stride), tokens int64 [N], live bool [N] -> statistics [N, 8].
+
+    Rows that are not live are never read and hold zeros.
+    """
+    out = torch.zeros(s.shape[0], 8, dtype=accumulate_dtype(s, t), device=s.device)
+    if s.shape[0] == 0:
+        return out
+    if op.backend == "triton":
+        from mskd_kernels import _triton_rows
+
+        _triton_rows.statistics(op, s, t, tokens, live, out)
+        return out
+    for rows in _blocks(s, live):
+        _block_statistics(op, s, t, tokens, live, rows, out)
+    return out
+
+
+def gradient(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    stats: Tensor,
+    coefficients: Coefficients,
+    out: Tensor,
+    live: Tensor | None = None,
+) -> None:
+    """Writes the gradient in the raw student logits to `out` [N, V], which may be `s` itself.
+
+    A token whose value is +inf gets a gradient of 0, and so does one whose coefficients are all 0.
+    """
+    if s.shape[0] == 0:
+        return
+    dead = stats[:, VALUE] == torch.inf
+    dead |= torch.stack([c == 0 for c in coefficients if c is not None]).all(0)
+    if live is not None:
+        dead |= ~live
+    coefficients = Coefficients(*(None if c is None else c.masked_fill(dead, 0.0) for c in coefficients))
+    if op.backend == "triton":
+        from mskd_kernels import _triton_rows
+
+        _triton_rows.gradient(op, s, t, tokens, stats, coefficients, out)
+        return
+    if live is not None and s.device.type == "cpu":
+        out[~live] = 0
+    for rows in _blocks(s, live):
+        out[rows] = _block_gradient(op, s, t, tokens, live, rows, stats, coefficients, dead).to(out.dtype)
+
+
+# The torch path -------------------------------------------------------------------------------------------------------
+
+
+def _blocks(s: Tensor, live: Tensor | None) -> Iterator[slice | Tensor]:
+    """Row blocks: slices, or on the CPU the indices of live rows (on a GPU counting them would synchronise)."""
+    on_cpu = s.device.type == "cpu"
+    rows = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // s.shape[1])
+    if live is not None and on_cpu:
+        yield from live.nonzero().squeeze(1).split(rows)
+    else:
+        yield from (slice(i, i + rows) for i in range(0, s.shape[0], rows))
+
+
+def _own_block(z: Tensor, rows: slice | Tensor, live: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A copy of some rows that may be written to; rows that are not live are zeros."""
+    if isinstance(rows, Tensor):
+        return z[rows].to(dtype)
+    block = z[rows].to(dtype, copy=True)
+    return block if live is None else block.masked_fill_(~live[rows, None], 0.0)
+
+
+def _cap(x: Tensor, side: Side) -> Tensor:
+    return x if side.softcap is None else x.mul_(side.scale / side.softcap).tanh_().mul_(side.softcap)
+
+
+def _enter_frame(x: Tensor, frame: Tensor, side: Side, temperature: float) -> Tensor:
+    factor = _factor(side, temperature)
+    x.sub_(frame)
+    return x if factor == 1.0 else x.mul_(factor)
+
+
+def _factor(side: Side, temperature: float) -> float:
+    """d (framed logit) / d (capped logit). The scale is inside the soft-cap where there is one."""
+    return (1.0 if side.softcap is not None else side.scale) / temperature
+
+
+def _framed(x: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Raw logits (overwritten) -> framed logits, e^framed, its sum [n, 1], the frame [n, 1]: the row's maximum."""
+    x = _cap(x, side)
+    frame = x.amax(1, keepdim=True)
+    frame = frame.masked_fill_(frame == -torch.inf, 0.0)  # a row of -inf: -inf - -inf is NaN
+    x = _enter_frame(x, frame, side, temperature)
+    e = x.exp()
+    return x, e, e.sum(1, keepdim=True), frame
+
+
+def _gather(x: Tensor, tokens: Tensor) -> Tensor:
+    """x[i, tokens[i]]; NaN where the token is outside (on a GPU nobody has looked)."""
+    inside = (tokens >= 0) & (tokens < x.shape[1])
+    return x.gather(1, tokens.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1).masked_fill(~inside, torch.nan)
+
+
+def _dot(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mul(a, b, out=out).sum(1)
+
+
+def _block_statistics(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    live: Tensor | None,
+    rows: slice | Tensor,
+    out: Tensor,
+) -> None:
+    stats = torch.zeros_like(out[rows])
+    token = None if tokens is None else tokens[rows]
+    x, e, d, frame = _framed(_own_block(s, rows, live, out.dtype), op.student, op.temperature)
+    stats[:, FRAME], stats[:, LSE] = frame[:, 0], d[:, 0].log()
+    if token is not None:
+        stats[:, LOGPROB] = _gather(x, token) - stats[:, LSE]
+    if op.entropy:
+        mean = _dot(e, x)
+        if _suspect(mean):
+            mean = _dot(e, x.masked_fill(x == -torch.inf, 0.0))
+        stats[:, ENTROPY] = stats[:, LSE] - mean / d[:, 0]
+    if t is not None:
+        u, w, dt, frame = _framed(_own_block(t, rows, live, out.dtype), op.teacher, op.temperature)
+        stats[:, TEACHER_FRAME], stats[:, TEACHER_LSE] = frame[:, 0], dt[:, 0].log()
+        if token is not None:
+            stats[:, TEACHER_LOGPROB] = _gather(u, token) - stats[:, TEACHER_LSE]
+        shift = stats[:, LSE] - stats[:, TEACHER_LSE]
+        if op.kind == "reverse_kl":
+            stats[:, VALUE] = _expected_difference(e, d, x, u, work=w) - shift
+        else:
+            stats[:, VALUE] = _expected_difference(w, dt, u, x, work=e) + shift
+    if live is not None:
+        stats.masked_fill_(~live[rows, None], 0.0)
+    out[rows] = stats
+
+
+def _expected_difference(e: Tensor, d: Tensor, a: Tensor, b: Tensor, work: Tensor) -> Tensor:
+    """sum_v e/d (a - b), e = exp(a). a = -inf counts 0, b = -inf alone gives +inf. Overwrites b and work."""
+    difference = torch.sub(a, b, out=b)
+    total = _dot(e, difference, out=work)
+    if _suspect(total):
+        total = _dot(e, difference.masked_fill((a == -torch.inf) | (difference == torch.inf), 0.0), out=work)
+        total = total.masked_fill((difference == torch.inf).any(1), torch.inf)
+    return total / d[:, 0]
+
+
+def _suspect(total: Tensor) -> bool:
+    """Whether -inf may be among the logits. On a GPU asking would synchronise: always yes."""
+    return total.device.type != "cpu" or not bool(total.isfinite().all())
+
+
+def _block_gradient(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    live: Tensor | None,
+    rows: slice | Tensor,
+    stats: Tensor,
+    coefficients: Coefficients,
+    dead: Tensor,
+) -> Tensor:
+    stats, dead = stats[rows, :, None], dead[rows, None]
+    gk, gy, gh = (None if c is None else c[rows, None] for c in coefficients)
+    x = _cap(_own_block(s, rows, live, stats.dtype), op.student)
+    slope = None if op.student.softcap is None else (x / op.student.softcap).square_().neg_().add_(1)
+    x = _enter_frame(x, stats[:, FRAME], op.student, op.temperature).sub_(stats[:, LSE])  # log q
+    q = x.exp()
+    factor = torch.zeros_like(stats[:, VALUE])  # of q: everything that does not depend on v
+    if gy is not None:
+        factor = factor - gy
+    if gh is not None:
+        factor = factor - gh * stats[:, ENTROPY]
+    if gk is not None and t is not None:
+        u = _cap(_own_block(t, rows, live, stats.dtype), op.teacher)
+        u = _enter_frame(u, stats[:, TEACHER_FRAME], op.teacher, op.temperature).sub_(stats[:, TEACHER_LSE])  # log p
+        if op.kind == "reverse_kl":
+            grad = torch.sub(x, u, out=u).sub_(stats[:, VALUE]).mul_(gk).add_(factor)
+            grad = (grad if gh is None else grad.sub_(x * gh)).mul_(q)
+        else:
+            grad = torch.sub(q, u.exp_(), out=u).mul_(gk)
+            grad.addcmul_(q, factor if gh is None else factor - gh * x)
+    else:
+        grad = q.mul_(factor if gh is None else factor - gh * x)
+    if _suspect(grad.sum(1)):  # 0 * -inf
+        grad.masked_fill_(x == -torch.inf, 0.0).masked_fill_(dead, 0.0)
+    if gy is not None and tokens is not None:
+        grad.scatter_add_(1, tokens[rows, None].clamp(0, grad.shape[1] - 1), gy)
+    if slope is not None:
+        grad.mul_(slope)
+    factor_z = 1.0 / op.temperature * op.student.scale
+    return grad if factor_z == 1.0 else grad.mul_(factor_z)
