@@ -12,6 +12,7 @@ B sequences, T tokens, N valid tokens, V vocabulary, H hidden.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from mskd.data import SequenceBatch
 
 __all__ = [
-    "FAMILIES", "Family", "Head", "Student", "Teacher", "backbone", "check_same_tokenizer", "content_hash", "copy_as",
-    "decoder_of", "family_of", "head_of", "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers",
-    "num_parameters", "resolve_source", "save_model",
+    "FAMILIES", "Family", "Head", "Size", "Student", "Teacher", "backbone", "check_precision", "check_same_tokenizer",
+    "content_hash", "copy_as", "decoder_of", "family_of", "head_of", "layers_of", "load_model", "load_teacher",
+    "load_tokenizer", "num_layers", "num_parameters", "resolve_source", "save_model", "size_of",
 ]  # fmt: skip
 
 
@@ -142,6 +143,35 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+@dataclass(frozen=True)
+class Size:
+    """How big the model of a folder is, known without loading its weights."""
+
+    layers: int
+    parameters: int
+    per_layer: int
+
+    def cut_to(self, layers: int | None) -> int:
+        """Parameters with so many of its layers kept; None: all."""
+        return self.parameters - (0 if layers is None else (self.layers - layers) * self.per_layer)
+
+
+def size_of(folder: Path, *, trust_remote_code: bool = False) -> Size:
+    """Layers and parameters of the model of a folder, from its configuration. Raises ConfigError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_folder(folder, folder)
+    read_json(folder / "config.json")
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
+        raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
+    layers = layers_of(model)
+    return Size(len(layers), num_parameters(model), num_parameters(layers[0]))
+
+
 # -- student and teacher --------------------------------------------------------------------------
 
 
@@ -188,23 +218,24 @@ class Teacher:
 def load_teacher(folder: Path, precision: Precision, hardware: Hardware, *, trust_remote_code: bool = False) -> Teacher:
     """The frozen model of a folder, its layers' weights in `precision`, on hardware.device.
 
-    int8: weight-only (see quantize.py), activations in hardware.teacher_dtype. Embedding and lm_head stay in that dtype:
+    int8: weight-only (see quantize.py), activations in hardware.teacher_dtype. Embedding and lm_head stay in it too:
     one is a lookup and no GEMM, they are often the same tensor, errors of the head go straight into the logits, and the
     fused losses take its weight as it is. Raises ConfigError.
     """
+    check_precision(precision, hardware)
     dtype, device = hardware.teacher_dtype, hardware.device
     options: dict[str, Any] = {"attention": hardware.attention, "trust_remote_code": trust_remote_code}
     if precision == "int8":
-        import_bitsandbytes()
         # In the checkpoint's own dtype: int8 weights then depend on the checkpoint alone, not on this machine.
         model = load_model(folder, dtype="auto", **options)
         quantize_layers(layers_of(model))
-        model = _cast(model, dtype).to(device)
+        _cast(model, dtype)
+        model.to(device)  # type: ignore[arg-type]
     elif precision == "llm_int8":
-        if not hardware.llm_int8:
-            raise ConfigError(f"precision = 'llm_int8': {hardware.reasons['int8']}; use int8")
-        import_bitsandbytes()
         from transformers import BitsAndBytesConfig
+
+        # On a CPU it says for every layer that it casts activations to fp16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
         quantization = BitsAndBytesConfig(load_in_8bit=True)
         model = load_model(folder, dtype=dtype, device=device, quantization_config=quantization, **options)
@@ -213,6 +244,14 @@ def load_teacher(folder: Path, precision: Precision, hardware: Hardware, *, trus
         model = load_model(folder, dtype=own, device=device, **options)
     family_of(model)
     return Teacher(model.requires_grad_(False).eval(), precision)
+
+
+def check_precision(precision: Precision, hardware: Hardware) -> None:
+    """Raise ConfigError unless a teacher of this precision can be loaded on this machine."""
+    if precision == "llm_int8" and not hardware.llm_int8:
+        raise ConfigError(f"precision = 'llm_int8': {hardware.reasons['int8']}; use int8")
+    if precision in ("int8", "llm_int8"):
+        import_bitsandbytes()
 
 
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -255,7 +294,7 @@ def load_model(
         options = {"quantization_config": quantization_config, "device_map": {"": device}}
     with quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
                 attn_implementation=attention,
@@ -269,6 +308,7 @@ def load_model(
             raise ConfigError(f"the weights in {folder} are damaged: {first_line(e)}") from None
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
             raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -90,7 +90,7 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     for index, layer in enumerate(layers_of(small)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = index
+                module.layer_idx = index  # type: ignore[assignment]
     small.config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None) is not None:
         small.config.layer_types = [config.layer_types[i] for i in keep]

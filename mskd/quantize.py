@@ -24,6 +24,8 @@ BLOCK_BYTES = 16 * 2**20  # of one cast block of rows
 class Int8Linear(nn.Module):
     """y = x W^T + b with W = scale * weight. weight int8 [O, I], scale fp32 [O], bias [O] or None; any x [..., I]."""
 
+    scale: Tensor
+
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
