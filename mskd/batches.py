@@ -18,6 +18,7 @@ import torch
 from mskd import checkpoint, objective
 from mskd.config import ConfigError, KdPhase, MinillmPhase, SftPhase
 from mskd.data import Example, SequenceBatch, end_token_id, order
+from mskd.models import copy_as
 from mskd.rollout import Rollout, sample
 
 if TYPE_CHECKING:
@@ -40,11 +41,12 @@ class OnData:
         examples = deal(stream(self.job.data.train, step, self.phase.batch_size, self.seed), self.job.accelerator)
         return supervised(self.job, self.phase, examples)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        """Nothing: a step depends on its number and the weights alone."""
         return {}
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Nothing is carried from step to step."""
+        """Nothing."""
 
 
 class OnPolicy:
@@ -59,7 +61,8 @@ class OnPolicy:
                 f"rollouts ({phase.rollouts}) must be a multiple of batch_size ({phase.batch_size}), "
                 f"and batch_size of the number of processes ({world})"
             )
-        self.job, self.phase, self.seed = job, phase, seed
+        assert job.teacher is not None
+        self.job, self.phase, self.seed, self.teacher = job, phase, seed, job.teacher
         self.batches = phase.rollouts // phase.batch_size
         self.steps_per_round = self.batches * phase.ppo_epochs
         self.round: int | None = None
@@ -103,7 +106,7 @@ class OnPolicy:
         model.eval()
         rollout = sample(
             model,
-            job.teacher,
+            self.teacher,
             [examples[i].prompt_ids for i in mine],
             eos_id=end_token_id(job.tokenizer, job.config.data.template),
             pad_id=job.tokenizer.pad_token_id,
@@ -115,7 +118,7 @@ class OnPolicy:
             batch_size=phase.rollout_batch_size,
             seed=checkpoint.stream_seed(self.seed, "rollout"),
             sequence_ids=[number * phase.rollouts + i for i in mine],
-            should_stop=job.stop,
+            should_stop=job.stop if job.accelerator.num_processes == 1 else None,  # several stop at a step, together
         )
         return rollout
 
@@ -125,9 +128,7 @@ class OnPolicy:
         if self.job.hardware.teacher_dtype == torch.float32:
             return model
         if self.sampler is None:
-            import copy
-
-            self.sampler = copy.deepcopy(model).to(self.job.hardware.teacher_dtype).requires_grad_(False)
+            self.sampler = copy_as(model, self.job.hardware.teacher_dtype)
         with torch.no_grad():
             for mine, theirs in zip(self.sampler.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
@@ -136,14 +137,13 @@ class OnPolicy:
     def _score(self, number: int, rollout: Rollout) -> None:
         """One pass of the frozen teacher: its hidden states serve rewards and every epoch of the round."""
         job, phase = self.job, self.phase
-        assert job.teacher is not None
         hidden = []
         for part in chunks(range(len(rollout)), phase.rollout_batch_size):
             batch = rollout.select(part).to_batch(job.tokenizer.pad_token_id)
-            hidden.append(job.teacher.hidden(batch.to(job.hardware.device)))
+            hidden.append(self.teacher.hidden(batch.to(job.hardware.device)))
         self.teacher_hidden = torch.cat(hidden)
         if rollout.teacher_logprobs is None:
-            rollout = objective.score(rollout, self.teacher_hidden, job.teacher.head, phase, loss_options(job))
+            rollout = objective.score(rollout, self.teacher_hidden, self.teacher.head, phase, **loss_options(job))
         self.advantages = objective.advantages(rollout, phase, reduce=lambda t: job.accelerator.reduce(t, "sum"))
         self.rollout, self.round = rollout, number
 
@@ -155,7 +155,7 @@ class OnPolicy:
             part,
             self.advantages[flat],
             self.teacher_hidden[flat.to(self.teacher_hidden.device)],
-            job.teacher.head,
+            self.teacher.head,
             self.phase,
             **loss_options(job),
         )
@@ -174,14 +174,14 @@ class OnPolicy:
             batch = SequenceBatch.from_sequences(
                 [b[:1] for b in part], [b[1:] for b in part], job.tokenizer.pad_token_id
             )
-            hidden = job.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
-            head = job.teacher.head if phase.kd_ratio else None
+            hidden = self.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
+            head = self.teacher.head if phase.kd_ratio else None
             micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
         return micros
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self, step: int) -> dict[str, torch.Tensor]:
         """The rollout of a round that is under way; the teacher's hidden states are made again from it."""
-        if self.round is None:
+        if self.round is None or step % self.steps_per_round == 0:
             return {}
         if self.job.accelerator.num_processes > 1:
             from accelerate.utils import gather_object
@@ -193,9 +193,9 @@ class OnPolicy:
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         mine = f"{self.job.accelerator.process_index}."
-        own = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
-        if own and step % self.steps_per_round:
-            self._score(step // self.steps_per_round, Rollout(**{f.name: own.get(f.name) for f in fields(Rollout)}))
+        own: dict[str, Any] = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+        if own:
+            self._score(step // self.steps_per_round, Rollout(**{"teacher_logprobs": None, **own}))
 
 
 def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
@@ -222,9 +222,7 @@ def deal(batch: list, accelerator: Accelerator) -> list:
     """This process's share of a batch. Raises ConfigError where some process would have none."""
     rank, world = accelerator.process_index, accelerator.num_processes
     if len(batch) < world:
-        raise ConfigError(
-            f"batch_size is {len(batch)}, less than the {world} processes; give each a sequence"
-        )
+        raise ConfigError(f"batch_size is {len(batch)}, less than the {world} processes; give each a sequence")
     return batch[rank::world]
 
 
@@ -236,6 +234,7 @@ def supervised(job: Job, phase: SftPhase | KdPhase, examples: Sequence[Example])
     for part in chunks(ordered, phase.micro_batch_size):
         batch = SequenceBatch.from_sequences([e.prompt_ids for e in part], [e.response_ids for e in part], pad)
         if isinstance(phase, KdPhase):
+            assert job.teacher is not None
             hidden = job.teacher.hidden(batch.to(device))
             loss = objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
         else:

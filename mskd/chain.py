@@ -200,7 +200,7 @@ class Chain:
                 return done
             if node.source is not None:
                 done = {"weights": None, "parameters": self.graph.sizes[node.name], "source": node.config.source}
-            elif node.teacher is None:
+            elif node.teacher is None or node.start is None:
                 done = self._make_model(node)
             else:
                 done = self._train(node, node.start.folder, node.teacher)
@@ -343,7 +343,7 @@ class Chain:
 
         def validate(model: Any, metric: str) -> float:
             if not self.data.validation:
-                raise ConfigError("keep = 'best' needs validation items; set data.validation to their number")
+                raise ConfigError("eval_every needs validation items; set data.validation to their number")
             out = node.directory / "validation.jsonl"
             judge = {teacher.name: self._cached_teacher(teacher)} if metric == "reverse_kl" else {}
             evaluate.evaluate(
@@ -355,7 +355,7 @@ class Chain:
         return validate
 
     def _write_index(self, done: dict[str, dict[str, Any]], evals: list[dict[str, Any]]) -> None:
-        nodes = {}
+        nodes: dict[str, dict[str, Any]] = {}
         for key, d in done.items():
             node = self.nodes[key]
             nodes[key] = {
@@ -369,7 +369,7 @@ class Chain:
                 "seconds": d.get("seconds", 0.0),
                 "phases": [p.objective for p in node.phases],
             }
-            if node.teacher:
+            if node.teacher and node.start:
                 nodes[key] |= {"teacher": node.teacher.key, "student": node.start.key}
         c = self.config.evaluation
         checkpoint.write_json(

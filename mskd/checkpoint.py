@@ -209,10 +209,14 @@ def load_state(folder: Path) -> State | None:
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """An optimizer's state as tensors by name ('index.key') and plain values."""
-    tensors, plain = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, Any] = {}
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, torch.Tensor) else plain)[f"{index}.{key}"] = value
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain[f"{index}.{key}"] = value
     return tensors, plain
 
 

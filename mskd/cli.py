@@ -22,7 +22,8 @@ import typer
 from mskd.config import Config, ConfigError, EvaluateConfig, load, parse
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
-UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# click's, which typer brings along under a name that depends on its version
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for models, evaluations and runs.")]
 Set = Annotated[
@@ -179,7 +180,7 @@ def _run() -> int:
     except ConfigError as e:
         return _fail(str(e))
     except UsageError as e:
-        return _fail(e.format_message() + "; mskd --help lists what there is")  # type: ignore[attr-defined]
+        return _fail(e.format_message() + "; mskd --help lists what there is")
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             where = f" ({e.filename})" if e.filename else ""

@@ -122,9 +122,7 @@ def train(job: Job) -> dict[str, Any]:
     row without a finite loss and gradient, ConfigError where the phases cannot run on this data.
     """
     acc, cfg = job.accelerator, job.config
-    student = Student(job.student)
-    if cfg.train.gradient_checkpointing:
-        job.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    student = Student(job.student, gradient_checkpointing=cfg.train.gradient_checkpointing)
     progress, saved = resume(job)
     prepared = acc.prepare(student)
     with Tracker(job.directory, job.name, accelerator=acc, trackers=cfg.run.trackers) as tracker:
@@ -162,13 +160,13 @@ def run_phase(job: Job, prepared: Any, progress: Progress, saved: checkpoint.Sta
     tracker.start_phase(phase.objective, progress.step, steps)
     try:
         while progress.step < steps:
-            if job.stop() or saver.due():
+            if agreed(acc, job.stop()):
+                raise Interrupted
+            if agreed(acc, saver.due()):
                 saver.save()
-                if job.stop():
-                    raise Interrupted
             started = time.monotonic()
             step(job, prepared, optimizer, source, phase, progress, steps, tracker)
-            if phase.keep == "best" and (progress.step % phase.eval_every == 0 or progress.step == steps):
+            if phase.eval_every and (progress.step % phase.eval_every == 0 or progress.step == steps):
                 remember_best(job, prepared, phase, progress, best, tracker)
             progress.seconds += time.monotonic() - started
     except Interrupted:
@@ -220,7 +218,7 @@ def step(
 def remember_best(
     job: Job, prepared: Any, phase: Phase, progress: Progress, best: dict[str, torch.Tensor], tracker: Tracker
 ) -> None:
-    """Validate; keep a copy of the weights where they are the best of the phase so far."""
+    """Validate; with keep = "best", copy the weights where they are the best of the phase so far."""
     job.student.eval()
     if isinstance(phase, MinillmPhase):
         assert job.validate_rollouts is not None
@@ -230,7 +228,7 @@ def remember_best(
         name, value = "eval/loss", validation_loss(job, prepared, phase)
         score = value
     tracker.log({name: value}, step=progress.total_step, phase_step=progress.step, shown=name.split("/")[1])
-    if math.isfinite(score) and (progress.best is None or score < progress.best):
+    if phase.keep == "best" and math.isfinite(score) and (progress.best is None or score < progress.best):
         progress.best, progress.best_step = score, progress.step
         best.update({n: p.detach().cpu().clone() for n, p in job.student.named_parameters()})
 
@@ -239,7 +237,7 @@ def remember_best(
 def validation_loss(job: Job, prepared: Any, phase: SftPhase | KdPhase) -> float:
     """The phase's loss per response token of the validation split; every process computes all of it."""
     if not job.data.validation:
-        raise ConfigError("keep = 'best' needs validation items; set data.validation to their number")
+        raise ConfigError("eval_every needs validation items; set data.validation to their number")
     total, tokens = 0.0, 0
     student = job.accelerator.unwrap_model(prepared)
     for inputs, loss in supervised(job, phase, job.data.validation):
@@ -273,12 +271,8 @@ class Saver:
         self.last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time; the same answer in every process."""
-        late = time.monotonic() - self.last >= self.job.config.run.save_every_s
-        if self.job.accelerator.num_processes > 1:
-            votes = torch.tensor([float(late)], device=self.job.accelerator.device)
-            late = bool(self.job.accelerator.reduce(votes, "sum").item())
-        return late and self.progress.step > 0
+        """Whether it is time, and there is something new to save."""
+        return self.progress.step > 0 and time.monotonic() - self.last >= self.job.config.run.save_every_s
 
     def save(self) -> None:
         # After steps that were all skipped the last good state stays the newest.
@@ -289,7 +283,7 @@ class Saver:
         if self.optimizer is not None:
             packed, plain = checkpoint.pack_optimizer(self.optimizer)
             tensors |= {f"optimizer.{k}": v.cpu() for k, v in packed.items()}
-            tensors |= {f"rollout.{k}": v for k, v in self.source.state().items()}
+            tensors |= {f"rollout.{k}": v for k, v in self.source.state(self.progress.step).items()}
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         scaler = self.job.accelerator.scaler
         meta = {
@@ -323,6 +317,13 @@ def restore_phase(
     best.update(part(saved, "best."))
     if job.accelerator.scaler is not None and saved.meta["scaler"]:
         job.accelerator.scaler.load_state_dict(saved.meta["scaler"])
+
+
+def agreed(accelerator: Accelerator, vote: bool) -> bool:
+    """Whether any process votes yes: all of them then do the same."""
+    if accelerator.num_processes == 1:
+        return vote
+    return bool(accelerator.reduce(torch.tensor([float(vote)], device=accelerator.device), "sum").item())
 
 
 def part(saved: checkpoint.State, prefix: str) -> dict[str, torch.Tensor]:

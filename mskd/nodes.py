@@ -61,7 +61,7 @@ class Graph:
         used = self._used()
         for path in config.chain.paths:
             for name in path[:-1]:
-                models.check_precision(config.models[name].precision, hardware, name)
+                models.check_precision(config.models[name].precision, hardware)
         self.folders: dict[str, Path] = {}
         for name in used:
             source = config.models[name].source
@@ -99,14 +99,14 @@ class Graph:
         """Parameters of every model, counted without loading one; layers and sizes along the paths are checked."""
         sizes: dict[str, int] = {}
         for name in used:
-            m, folder = self.config.models[name], self.folders[self.origin(name)]
-            has = self._layers(m.from_) if m.from_ else models.num_layers(folder)
+            m, source = self.config.models[name], self.origin(name)
+            size = models.size_of(self.folders[source], trust_remote_code=self.config.models[source].trust_remote_code)
+            has = self._layers(m.from_, size.layers) if m.from_ else size.layers
             if m.layers is not None and m.layers > has:
                 raise ConfigError(
-                    f"model {name!r} wants {m.layers} layers, but {m.from_ or m.source} has {has}; "
-                    f"give at most {has}"
+                    f"model {name!r} wants {m.layers} layers, but {m.from_ or m.source} has {has}; give at most {has}"
                 )
-            sizes[name] = models.count_parameters(folder, layers=m.layers)
+            sizes[name] = size.cut_to(self._layers(name, size.layers))
         for path in self.config.chain.paths:
             for above, below in zip(path, path[1:], strict=False):
                 if sizes[below] > sizes[above]:
@@ -116,11 +116,12 @@ class Graph:
                     )
         return sizes
 
-    def _layers(self, name: str) -> int:
-        layers = self.config.models[name].layers
-        if layers is None and (above := self.config.models[name].from_) is not None:
-            return self._layers(above)
-        return layers if layers is not None else models.num_layers(self.folders[name])
+    def _layers(self, name: str, of_source: int) -> int:
+        """Layers of a model: its own number, else that of what it is cut from, else its source's."""
+        m = self.config.models[name]
+        if m.layers is not None:
+            return m.layers
+        return self._layers(m.from_, of_source) if m.from_ else of_source
 
     def _tokenizer(self) -> Any:
         """The one tokenizer of all models: that of the first path's teacher."""
@@ -168,26 +169,17 @@ class Graph:
             return nodes[name]
         m = self.config.models[name]
         start = self._model_node(m.from_) if m.from_ else None
-        folder = None if m.from_ else self.folders[name]
         own: dict[str, Any] = {"layers": m.layers}
-        own["start"] = start.hash if start else models.content_hash(folder)
+        own["start"] = start.hash if start else models.content_hash(self.folders[name])
         if m.layers is not None:
             own["sample"] = self.data.fingerprint
         if m.prepare:
             own |= {"phases": [p.model_dump() for p in m.prepare]} | self._common()
         value = checkpoint.digest(own)
+        directory = self.out / "models" / f"{name}-{value[:12]}"
         plain = start is None and m.layers is None and not m.prepare
-        nodes[name] = Node(
-            name,
-            name,
-            value,
-            self.out / "models" / f"{name}-{value[:12]}",
-            m,
-            m.prepare,
-            start,
-            None,
-            folder if plain else None,
-        )
+        source = self.folders[name] if plain else None
+        nodes[name] = Node(name, name, value, directory, m, m.prepare, start, source=source)
         return nodes[name]
 
     def _hop_node(self, key: str, name: str, start: Node, teacher: Node) -> Node:

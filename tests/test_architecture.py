@@ -21,9 +21,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "optim": ({"config"}, {"torch"}),
     "draw": (set(), {"torch"}),
     "statistics": ({"config"}, {"numpy"}),
-    "quantize": ({"config"}, {"torch", "bitsandbytes"}),
-    "data": (LEAVES, {"torch", "transformers", "datasets"}),
-    "models": (LEAVES | {"data", "quantize"}, {"torch", "transformers", "safetensors", "huggingface_hub", "gguf", "bitsandbytes"}),
+    "quantize": ({"config"}, {"torch", "transformers", "bitsandbytes"}),
+    "sources": ({"config"}, {"torch", "transformers", "huggingface_hub", "gguf", "safetensors"}),
+    "rows": ({"config"}, {"datasets"}),
+    "data": (LEAVES | {"rows"}, {"torch", "transformers"}),
+    "models": (LEAVES | {"data", "quantize", "sources"}, {"torch", "transformers", "safetensors"}),
     "prune": (LEAVES | {"data", "models"}, {"torch", "transformers"}),
     "rollout": (LEAVES | {"data", "models", "draw"}, {"torch", "transformers"}),
     "objective": (LEAVES | {"data", "models", "rollout"}, {"torch", "mskd_kernels"}),
@@ -32,7 +34,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "transformers", "rouge_score", "mskd_kernels"},
     ),
     "tracking": (LEAVES, {"accelerate", "rich"}),
-    "report": (LEAVES | {"statistics", "tracking"}, {"matplotlib"}),
+    "results": (LEAVES | {"statistics"}, set()),
+    "report": (LEAVES | {"results", "statistics"}, {"matplotlib"}),
     "batches": (LEAVES | {"data", "models", "rollout", "objective", "hop"}, {"torch", "accelerate"}),
     "hop": (
         LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},
@@ -55,7 +58,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" if node.module == "mskd" else str(node.module) for alias in node.names}
+            found |= {
+                f"{node.module}.{alias.name}" if node.module == "mskd" else str(node.module) for alias in node.names
+            }
     return found
 
 

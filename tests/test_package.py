@@ -18,7 +18,11 @@ def built(tmp_path_factory):
     out = tmp_path_factory.mktemp("dist")
     source = tmp_path_factory.mktemp("source") / "mskd"
     files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     for name in files:
         if (ROOT / name).is_file():
