@@ -1,5 +1,9 @@
 """Rows of a file or of the hub, as they are: dictionaries of columns. What the columns mean is for mskd.data to know.
 
+The hub and Parquet are read with `datasets`. JSON and CSV are read with the standard library: type inference changes
+values there (a column of dates becomes timestamps, "007" a 7, "NA" nothing), a CSV row with a cell too many shifts its
+columns, and errors name no line.
+
 rows = read_rows("train.jsonl", "data.source", config)
 documents = read_documents("corpus.txt")
 """
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import json
 import re
 import tempfile
@@ -32,9 +37,8 @@ def read_rows(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]
     if on_hub and not path.exists():
         return _read_hub(source, key, config)
     _check_file(path, key, FILES)
-    if path.suffix.lower() in (".json", ".jsonl"):
-        return _read_json(path, key)
-    return _read_table(path, key)
+    readers = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    return readers[path.suffix.lower()](path, key)
 
 
 def read_documents(path: str) -> list[str]:
@@ -96,8 +100,7 @@ def _read_utf8(path: Path, key: str) -> str:
 
 
 def _read_json(path: Path, key: str) -> list[dict[str, Any]]:
-    """Rows of JSON lines, or of one JSON list. Not through `datasets`, whose schema inference changes values (a column
-    of dates becomes timestamps) and whose errors name no line."""
+    """Rows of JSON lines, or of one JSON list."""
     text = _read_utf8(path, key)
     whole = text.lstrip().startswith("[")
     # Only "\n" ends a line: U+2028 and its like may stand inside a JSON string.
@@ -111,30 +114,33 @@ def _read_json(path: Path, key: str) -> list[dict[str, Any]]:
             raise ConfigError(f"{key} {str(path)!r}, line {line} is no valid JSON: {e.msg}") from None
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ConfigError(f"{key} {str(path)!r}, row {i} is a {type(row).__name__}, not an object with columns")
+            raise ConfigError(f"{key} {str(path)!r}, row {i} is no object with columns but {type(row).__name__}")
     return rows
 
 
-def _read_table(path: Path, key: str) -> list[dict[str, Any]]:
-    """Rows of a CSV or Parquet file, through `datasets`, whose cache lies in a folder that goes when they are read."""
-    import datasets
+def _read_csv(path: Path, key: str) -> list[dict[str, Any]]:
+    """Rows of a CSV file with a header; every cell is text."""
+    lines = csv.reader(io.StringIO(_read_utf8(path, key)), strict=True)
+    rows = []
+    try:
+        header = next(lines, [])
+        for cells in filter(None, lines):
+            if len(cells) != len(header):
+                raise csv.Error(f"{len(cells)} cells under a header of {len(header)}")
+            rows.append(dict(zip(header, cells, strict=True)))
+    except csv.Error as e:
+        raise ConfigError(f"{key} {str(path)!r}, line {lines.line_num} is no valid CSV: {e}") from None
+    return rows
 
-    kind = path.suffix.lower().removeprefix(".")
-    options: dict[str, Any] = {}
-    if kind == "csv":
-        # Every cell is text: an answer "007", "1.50" or "NA" is no number and not missing.
-        header = next(csv.reader(_read_utf8(path, key).splitlines()), None)
-        if header is None:
-            return []
-        names = [name or f"column {i}" for i, name in enumerate(header, 1)]
-        features = datasets.Features({name: datasets.Value("string") for name in names})
-        options = dict(features=features, names=names, header=0, keep_default_na=False, encoding="utf-8-sig")
+
+def _read_parquet(path: Path, key: str) -> list[dict[str, Any]]:
+    """Rows of a Parquet file; the cache of `datasets` lies in a folder that goes when they are read."""
+    files = glob.escape(str(path))  # datasets takes a path for a pattern
     with tempfile.TemporaryDirectory() as cache:
         try:
-            files = glob.escape(str(path))  # datasets takes a path for a pattern
-            return _load_dataset(kind, data_files=files, cache_dir=cache, keep_in_memory=True, **options)
-        except Exception as e:  # pandas, pyarrow and datasets each raise their own
-            raise ConfigError(f"{key} {str(path)!r} cannot be read as {kind}: {first_line(e)}") from None
+            return _load_dataset("parquet", data_files=files, cache_dir=cache, keep_in_memory=True)
+        except Exception as e:  # pyarrow and datasets each raise their own
+            raise ConfigError(f"{key} {str(path)!r} cannot be read as Parquet: {first_line(e)}") from None
 
 
 def _read_hub(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]:
