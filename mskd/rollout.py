@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from mskd.config import ConfigError
 from mskd.data import SequenceBatch
 from mskd.draw import draw, signed, uniforms
-from mskd.models import Head, Teacher, backbone, head_of
+from mskd.models import Head, Teacher, backbone, head_of, num_layers
 
 
 class Interrupted(Exception):
@@ -139,26 +139,30 @@ class _Layer(DynamicLayer):
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity = capacity
-        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.buffers: list[Tensor] = []  # keys and values [b, heads, capacity, head size]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        if self.buffers is None:
+        start = self.get_seq_length()
+        new = key_states, value_states
+        if not self.buffers:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            b, heads = key_states.shape[:2]
-            self.buffers = tuple(x.new_empty(b, heads, self.capacity, x.shape[-1]) for x in (key_states, value_states))
-        self.buffers[0][:, :, start:end] = key_states
-        self.buffers[1][:, :, start:end] = value_states
-        self.keys, self.values = (x[:, :, :end] for x in self.buffers)
-        return self.keys, self.values
+            self.buffers = [x.new_empty(*x.shape[:2], self.capacity, x.shape[-1]) for x in new]
+        for buffer, x in zip(self.buffers, new, strict=True):
+            buffer[:, :, start : start + x.shape[-2]] = x
+        return self._show(start + key_states.shape[-2])
 
     def keep(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch (ascending), in place."""
+        """Keep the given rows of the batch, in place."""
         end = self.get_seq_length()
         for buffer in self.buffers:
             buffer[: len(rows), :, :end] = buffer[rows, :, :end]
-        self.buffers = tuple(x[: len(rows)] for x in self.buffers)
-        self.keys, self.values = (x[:, :, :end] for x in self.buffers)
+        self.buffers = [buffer[: len(rows)] for buffer in self.buffers]
+        self._show(end)
+
+    def _show(self, end: int) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[:, :, :end] for buffer in self.buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 class _Decoder:
@@ -178,10 +182,11 @@ class _Decoder:
         )
 
     def start(self, capacity: int) -> None:
-        self.cache = Cache(layer_class_to_replicate=partial(_Layer, capacity))
+        self.layers = [_Layer(capacity) for _ in range(num_layers(self.model))]
+        self.cache = Cache(layers=list(self.layers))
 
     def keep(self, rows: Tensor) -> None:
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.keep(rows)
 
     def logits(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
