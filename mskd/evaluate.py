@@ -27,7 +27,7 @@ from mskd.checkpoint import digest, stream_seed, write_text
 from mskd.config import ConfigError, EvalConfig
 from mskd.data import Example, SequenceBatch
 from mskd.draw import draw, uniforms
-from mskd.models import Head, Teacher, backbone, head_of
+from mskd.models import Head, Teacher, backbone, decoder_of, head_of
 from mskd.statistics import paired_bootstrap, summarize
 
 __all__ = ["evaluate", "file_name", "generate", "paired_bootstrap", "rouge_l", "summarize"]
@@ -80,11 +80,10 @@ def evaluate(
     with _evaluation_mode(model):
         scores = _score_references(model, examples, teachers, config.batch_size, pad)
         for number, seed in enumerate(config.seeds if config.sample else config.seeds[:1]):
-            answers = generate(model, [e.prompt_ids for e in examples], config, seed, eos_id=eos, pad_id=pad)
-            divergences = _score_answers(model, examples, answers, teachers, config.batch_size, pad)
+            answers, divergences = _answer(model, examples, teachers, config, seed, eos, pad)
             for item, example in enumerate(examples):
                 text = tokenizer.decode(answers[item], skip_special_tokens=True)
-                line = {"item": item, "seed": seed}
+                line: dict[str, Any] = {"item": item, "seed": seed}
                 if number == 0:
                     line |= {"prompt": example.prompt, "references": list(example.references)}
                 line |= {"answer": text, "rouge_l": rouge_l(text, example.references)}
@@ -117,9 +116,20 @@ def rouge_l(answer: str, references: Sequence[str]) -> float | None:
 def generate(
     model: Any, prompts: Tokens, config: EvalConfig, seed: int, *, eos_id: int, pad_id: int
 ) -> list[list[int]]:
-    """An answer to every prompt: token ids up to and with the first EOS, at most config.max_new_tokens of them.
+    """An answer to every prompt: token ids up to and with the first EOS, at most config.max_new_tokens of them."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for items, batch, _ in _decode(model, prompts, config, seed, eos_id, pad_id):
+        for item, answer in zip(items, batch, strict=True):
+            answers[item] = answer
+    return answers
 
-    Prompts are decoded `batch_size` at a time, longest first, padded on the left.
+
+def _decode(
+    model: Any, prompts: Tokens, config: EvalConfig, seed: int, eos_id: int, pad_id: int
+) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
+    """Batches of prompts (config.batch_size, longest first, padded on the left): items, answers, hidden states [N, H].
+
+    The hidden states are those from which the answers' tokens were drawn, in order of answer, then of position.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -131,11 +141,10 @@ def generate(
         pad_token_id=pad_id,
         use_cache=True,
     )
-    answers: list[list[int]] = [[] for _ in prompts]
     for items in _by_length([len(p) for p in prompts], config.batch_size):
         ids, mask = _pad_left([prompts[i] for i in items], pad_id)
         sampler = _Draw(config, seed, items, model.device) if config.sample else None
-        with _own_settings_hidden(model, settings), torch.no_grad():
+        with _own_settings_hidden(model, settings), _last_states(model) as states, torch.no_grad():
             tokens = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -144,9 +153,24 @@ def generate(
             )[:, ids.shape[1] :].tolist()
         if sampler and not sampler.finite:
             raise FloatingPointError("the model's logits are not finite while it answers; its weights have diverged")
-        for item, answer in zip(items, tokens, strict=True):
-            answers[item] = _until_eos(answer, eos_id)
-    return answers
+        answers = [_until_eos(answer, eos_id) for answer in tokens]
+        hidden = torch.stack(states, dim=1)  # [B, T, H]
+        yield items, answers, torch.cat([rows[: len(a)] for rows, a in zip(hidden, answers, strict=True)])
+
+
+@contextlib.contextmanager
+def _last_states(model: Any) -> Iterator[list[Tensor]]:
+    """Collect the hidden states [B, H] at the last place of every forward: what the next token is drawn from."""
+    states: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        states.append(output.last_hidden_state[:, -1].clone())
+
+    hook = decoder_of(model).register_forward_hook(keep)
+    try:
+        yield states
+    finally:
+        hook.remove()
 
 
 class _Draw:
@@ -187,6 +211,30 @@ def _by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def _answer(
+    model: Any,
+    examples: Sequence[Example],
+    teachers: Mapping[str, Teacher],
+    config: EvalConfig,
+    seed: int,
+    eos: int,
+    pad: int,
+) -> tuple[list[list[int]], list[dict[str, float]]]:
+    """Every item's answer, and for every teacher the mean over the answer's tokens of KL(model || teacher), nats."""
+    answers: list[list[int]] = [[] for _ in examples]
+    divergences: list[dict[str, float]] = [{} for _ in examples]
+    head = head_of(model)
+    for items, batch, hidden in _decode(model, [e.prompt_ids for e in examples], config, seed, eos, pad):
+        for item, answer in zip(items, batch, strict=True):
+            answers[item] = answer
+        inputs = _batch([examples[i].prompt_ids for i in items], batch, pad, model)
+        for name, teacher in teachers.items():
+            values = _reverse_kl(hidden, head, teacher.hidden(inputs), teacher.head)
+            for item, part in zip(items, values.split([len(a) for a in batch]), strict=True):
+                divergences[item][name] = _finite(part.double().mean(), item)
+    return answers, divergences
+
+
 # -- teacher-forced scores ------------------------------------------------------------------------
 
 
@@ -194,9 +242,7 @@ def _score_references(
     model: Any, examples: Sequence[Example], teachers: Mapping[str, Teacher], size: int, pad: int
 ) -> list[dict[str, Any]]:
     """nll, tokens and agreement with each teacher, for every item."""
-    scores: list[dict[str, Any]] = [
-        {"nll": None, "tokens": 0, "agreement": dict.fromkeys(teachers)} for _ in examples
-    ]
+    scores: list[dict[str, Any]] = [{"nll": None, "tokens": 0, "agreement": dict.fromkeys(teachers)} for _ in examples]
     with_response = [i for i, e in enumerate(examples) if e.response_ids]
     lengths = [len(examples[i].prompt_ids) + len(examples[i].response_ids) for i in with_response]
     for chosen in _by_length(lengths, size):
@@ -215,24 +261,6 @@ def _score_references(
             for item, part in zip(items, same.split(parts), strict=True):
                 scores[item]["agreement"][name] = part.double().mean().item()
     return scores
-
-
-def _score_answers(
-    model: Any, examples: Sequence[Example], answers: Tokens, teachers: Mapping[str, Teacher], size: int, pad: int
-) -> list[dict[str, float]]:
-    """For every item and teacher: the mean over the answer's tokens of KL(model || teacher), nats."""
-    divergences: list[dict[str, float]] = [{} for _ in examples]
-    if not teachers:
-        return divergences
-    head = head_of(model)
-    for items in _by_length([len(e.prompt_ids) + len(a) for e, a in zip(examples, answers, strict=True)], size):
-        batch = _batch([examples[i].prompt_ids for i in items], [answers[i] for i in items], pad, model)
-        hidden = _hidden(model, batch)
-        for name, teacher in teachers.items():
-            values = _reverse_kl(hidden, head, teacher.hidden(batch), teacher.head)
-            for item, part in zip(items, values.split([len(answers[i]) for i in items]), strict=True):
-                divergences[item][name] = _finite(part.double().mean(), item)
-    return divergences
 
 
 def _reverse_kl(hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head) -> Tensor:
@@ -260,8 +288,8 @@ def _batch(prompts: Tokens, responses: Tokens, pad: int, model: Any) -> Sequence
 
 
 def _hidden(model: Any, batch: SequenceBatch) -> Tensor:
-    """The hidden states [N, H] that predict the batch's targets."""
-    hidden, _ = backbone(model, batch.input_ids, batch.attention_mask)
+    """The hidden states [N, H] that predict the batch's targets: padding is on the right, where nothing sees it."""
+    hidden, _ = backbone(model, batch.input_ids)
     return hidden.flatten(0, 1)[batch.positions]
 
 

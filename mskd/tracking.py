@@ -42,7 +42,8 @@ class Tracker:
         check_trackers(trackers)
         self.path, self.name = Path(folder) / "metrics.jsonl", name
         self.main = accelerator is None or accelerator.is_main_process
-        self._names, self._trackers = tuple(trackers), []
+        self._names = tuple(trackers)
+        self._trackers: list[Any] = []
         self._file: Any = None
         self._progress = _Progress(name)
 
