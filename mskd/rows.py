@@ -81,11 +81,14 @@ def first_line(error: BaseException) -> str:
 
 def _check_file(path: Path, key: str, suffixes: Sequence[str]) -> None:
     allowed = " ".join(suffixes)
-    if path.is_dir():
-        raise ConfigError(f"{key} {str(path)!r} is a folder; give a file of it ({allowed})")
-    if not path.exists():
-        near = _nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
-        raise ConfigError(f"{key} {str(path)!r} does not exist{near or f'; give a file ({allowed})'}")
+    try:
+        if path.is_dir():
+            raise ConfigError(f"{key} {str(path)!r} is a folder; give a file of it ({allowed})")
+        if not path.exists():
+            near = _nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+            raise ConfigError(f"{key} {str(path)!r} does not exist{near or f'; give a file ({allowed})'}")
+    except OSError as e:  # a folder on the way that may not be entered, a name too long
+        raise ConfigError(f"{key} {str(path)!r} cannot be read: {e.strerror}") from None
     if path.suffix.lower() not in suffixes:
         raise ConfigError(f"{key} {str(path)!r} is of no known kind; allowed: {allowed}")
 

@@ -182,10 +182,13 @@ def test_prompts_alone_are_enough_where_no_response_is_needed(tmp_path, tokenize
 
 def test_odd_text_survives(tmp_path, tokenizer):
     row = {"instruction": "Line one\r\nline two\r\u2028 漢字 😀 {braces} {0}", "response": " é\ud83d\u00a0x\r\ny "}
-    (e,) = load(write(tmp_path / "a.jsonl", [row]), tokenizer, test=0).train
+    path = write(tmp_path / "a.jsonl", [row])
+    (e,) = load(path, tokenizer, test=0).train
     assert "### Instruction:\nLine one\nline two\n\u2028 漢字 😀 {braces} {0}\n\n### Response:\n" in e.prompt
     assert e.references == ("é?\u00a0x\ny",)  # half a surrogate pair is no text
     assert tokenizer.decode(e.prompt_ids) == e.prompt
+    path.write_text('{"instruction": "one\u2028line", "response": "\x85 x"}\n', encoding="utf-8")  # unescaped
+    assert "one\u2028line" in load(path, tokenizer, test=0).train[0].prompt
 
 
 # -- chat -----------------------------------------------------------------------------------------
@@ -420,13 +423,15 @@ def _shifted(tokenizer):
 @pytest.mark.parametrize(
     "name", ["a.json", "a.jsonl", "a.csv", "a.parquet", "A.JSONL", "odd [1]*.csv", "odd [1]*.parquet"]
 )
-def test_every_format_gives_the_same_examples_and_leaves_nothing_behind(tmp_path, tokenizer, name):
+def test_every_format_gives_the_same_examples_and_leaves_nothing_behind(tmp_path, tokenizer, name, capfd):
     expected = load(write(tmp_path / "expected.jsonl", ROWS), tokenizer, test=4)
     folder = tmp_path / "user"
     folder.mkdir()
     path = write(folder / name.lower(), ROWS).rename(folder / name)
     before = {p: p.read_bytes() for p in folder.iterdir()}
+    capfd.readouterr()
     assert load(path, tokenizer, test=4) == expected
+    assert capfd.readouterr() == ("", "")  # no progress bars
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
     assert datasets.is_progress_bar_enabled()  # off while we read, as it was afterwards
 
@@ -575,6 +580,7 @@ def test_bad_files_are_one_line(tmp_path, tokenizer, name, content, message):
         ({"text": "empty.txt"}, "data.text 'empty.txt' holds no text"),
         ({"source": "folder"}, "data.source 'folder' is a folder; give a file of it (.json .jsonl .csv .parquet)"),
         ({"source": "b.jsonl"}, "data.source 'b.jsonl' does not exist; did you mean 'a.jsonl'?"),
+        ({"source": "x" * 300 + ".csv"}, ".csv' cannot be read: File name too long"),
         ({"source": "no/such/folder/here"}, "data.source 'no/such/folder/here' does not exist; give a file"),
     ],
 )  # fmt: skip
