@@ -72,11 +72,12 @@ def family_of(model: nn.Module) -> Family:
     """The row of FAMILIES of a transformers model. Raises ConfigError for a class that is not in it."""
     cls = type(model)
     if cls.__name__ not in FAMILIES or not cls.__module__.startswith("transformers.models."):
-        raise ConfigError(
-            f"the lm_head of {cls.__module__}.{cls.__name__} is not understood and not guessed; "
-            f"known: {', '.join(FAMILIES)}"
-        )
+        raise _unknown(f"{cls.__module__}.{cls.__name__}")
     return FAMILIES[cls.__name__]
+
+
+def _unknown(cls: str) -> ConfigError:
+    return ConfigError(f"the lm_head of {cls} is not understood and not guessed; known: {', '.join(FAMILIES)}")
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -184,7 +185,9 @@ class Student(nn.Module):
         self.model = model
         model.train()  # dropout is off in `load_model`; checkpointing works in training mode only
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # its name up to transformers 5.2x, then its new name
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def forward(
         self, inputs: SequenceBatch, loss: Callable[[Tensor, Head], tuple[Tensor, dict[str, Tensor]]]
@@ -288,7 +291,9 @@ def load_model(
 
     folder = Path(folder)
     check_folder(folder, folder)
-    read_json(folder / "config.json")
+    names = read_json(folder / "config.json").get("architectures") or []
+    if names and names[0] not in FAMILIES:  # said before gigabytes are read
+        raise _unknown(names[0])
     options: dict[str, Any] = {}
     if quantization_config is not None:
         options = {"quantization_config": quantization_config, "device_map": {"": device}}
@@ -302,6 +307,7 @@ def load_model(
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the report, with their names
                 **options,
             )
         except SafetensorError as e:
@@ -309,7 +315,7 @@ def load_model(
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
             raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
     model, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(str(k) for k in report["mismatched_keys"])
+    missing = sorted(report["missing_keys"]) + sorted(key for key, *shapes in report["mismatched_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"the weights in {folder} do not fit config.json: {missing[0]}{more} missing or misshapen")

@@ -95,5 +95,6 @@ def cut(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     if getattr(config, "layer_types", None) is not None:
         small.config.layer_types = [config.layer_types[i] for i in keep]
     if hasattr(config, "max_window_layers"):  # Qwen: the first so many layers attend to everything
-        small.config.max_window_layers = sum(i < config.max_window_layers for i in keep)
+        gone = set(range(len(layers))) - set(keep)
+        small.config.max_window_layers -= sum(i < config.max_window_layers for i in gone)
     return small

@@ -1,0 +1,44 @@
+"""Tiny random models of every family that mskd knows, and of the variants that change what comes before the lm_head."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+V, PAD = 96, 1
+SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
+ROPE = SMALL | dict(intermediate_size=48, num_key_value_heads=2, pad_token_id=PAD, initializer_range=0.2)
+OPT = SMALL | dict(ffn_dim=48, word_embed_proj_dim=32, pad_token_id=PAD, init_std=0.2, dropout=0.1)
+FAMILY_CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2),
+    "opt": OPTConfig(**OPT),
+    "opt-projected": OPTConfig(**OPT | dict(word_embed_proj_dim=16)),
+    "opt-norm-after": OPTConfig(**OPT | dict(word_embed_proj_dim=16, do_layer_norm_before=False)),
+    "llama": LlamaConfig(**ROPE, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**ROPE, tie_word_embeddings=True, attention_bias=True),
+    "qwen2": Qwen2Config(**ROPE),
+    "qwen2-sliding": Qwen2Config(**ROPE, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    "qwen3": Qwen3Config(**ROPE, head_dim=8),
+    "mistral": MistralConfig(**ROPE, sliding_window=4),
+}
+
+
+def build(config, seed: int = 0) -> PreTrainedModel:
+    """A random model with biases and norms that are not trivial, so that leaving one out is seen."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
