@@ -30,7 +30,7 @@ STYLES = ("-", "--", "-.", ":")
 # The figures of the table: title, field, whether more is better (None: neither), form of a value.
 COLUMNS: tuple[tuple[str, str, bool | None, Callable[[float], str]], ...] = (
     ("ROUGE-L", "rouge_l", True, "{:.1f}".format),
-    ("Perplexity", "perplexity", False, lambda x: f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"),
+    ("Perplexity", "perplexity", False, lambda x: f"{x:,.{0 if x >= 1000 else 1 if x >= 100 else 2}f}"),
     ("Agreement, %", "agreement", True, lambda x: f"{100 * x:.1f}"),
     ("Reverse KL", "reverse_kl", False, "{:.3f}".format),
     ("Answer, tokens", "answer_tokens", None, "{:.1f}".format),

@@ -144,7 +144,8 @@ def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
     (first, file_before), (last, file_after) = stages[places[0]], stages[places[-1] + 1]
     before = stored.figures(file_before, f"{shown(hop)} {first}")
     after = stored.figures(file_after, f"{shown(hop)} {last}")
-    teachers = {"reverse_kl": stored.teacher_of(hop, after), "reverse_kl_top": hop.split(">")[0]}
+    own = stored.teacher_of(hop, after) or stored.teacher_of(hop, before)
+    teachers = {"reverse_kl": own, "reverse_kl_top": hop.split(">")[0]}
     return {
         "stages": (first, last),
         "before": before,
@@ -156,7 +157,7 @@ def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
 
 def paired(stored: Stored, a: str | None, b: str | None, teacher: str | None, field: str = "reverse_kl") -> Any:
     """Paired bootstrap of a - b between two evaluation files on one field, or None where a side has no value."""
-    if a is None or b is None:
+    if a is None or b is None or (field == "reverse_kl" and teacher is None):
         return None
     sides = [item_values(stored.lines(file, file) or [], field, teacher) for file in (a, b)]
     if not sides[0] or sides[0].keys() != sides[1].keys():

@@ -130,10 +130,13 @@ def _start(kind: str, name: str, folder: Path) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # the trackers ask it which process they are in
-    project = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    run = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
     build = LOGGER_TYPE_TO_CLASS[kind]
     try:
-        tracker = build(project, str(folder)) if build.requires_logging_directory else build(project)
+        if build.requires_logging_directory:
+            tracker = build(run, str(folder))
+        else:  # these take the project first; where they name runs, a run is a hop
+            tracker = build("mskd", **({"name": run} if kind in ("wandb", "trackio") else {}))
         if hasattr(tracker, "start"):  # older versions of accelerate start in the constructor
             tracker.start()
     except Exception as e:

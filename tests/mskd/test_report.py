@@ -1,0 +1,388 @@
+"""report and results on a run folder made by hand: figures, winner, checks, curves, what is absent, escaping."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mskd.config import ConfigError
+from mskd.report import _fenced, _markdown, _text, write_report
+from mskd.results import Stored, summary
+from mskd.statistics import item_values, paired_bootstrap, read_lines, summarize
+
+CHAIN, DIRECT, TA = "teacher>ta>student", "teacher>student", "teacher>ta"
+ITEMS = 12
+NASTY = "a | b\n```python\nx = `1`\n```\n# head *star* <b>\x07"
+CONFIG = """
+name = "demo"
+seed = 3
+[models]
+teacher = { source = "some_model|x", precision = "int8" }
+ta = { from = "teacher", layers = 22, precision = "int8" }
+student = { from = "teacher", layers = 16, precision = "int8" }
+[chain]
+paths = [["teacher", "ta", "student"], ["teacher", "student"]]
+[[phases]]
+objective = "kd"
+steps = 24
+batch_size = 8
+lr = 0.0003
+[[phases]]
+objective = "minillm"
+steps = 32
+rollouts = 16
+max_new_tokens = 32
+include_current = false
+"""
+
+
+def evaluation(path, *, kl, nll, rouge, length, agree=0.6, seed=0, items=ITEMS):
+    """An evaluation whose means are about as given; `kl` by teacher. The noise of an item is the same in every file."""
+    noise = np.random.default_rng(1).normal(size=ITEMS)
+    own = np.random.default_rng(seed).normal(size=ITEMS)
+    lines = []
+    for i in range(items):
+        line = {
+            "item": i,
+            "seed": 10,
+            "prompt": f"Shared preamble.\n### Instruction:\nTask {i}",
+            "references": [f"ref {i}"],
+        }
+        line |= {
+            "answer": NASTY if i == 0 else f"{path.parent.name} answers {i}",
+            "rouge_l": rouge + noise[i] + own[i] / 2,
+        }
+        line |= {"nll": nll * (5 + i), "tokens": 5 + i, "answer_tokens": length + i % 3 - 1}
+        line["reverse_kl"] = {t: v + 0.3 * noise[i] + 0.01 * own[i] for t, v in kl.items()}
+        lines.append(line | {"agreement": dict.fromkeys(kl, agree)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+
+
+def metrics(folder, level):
+    rng = np.random.default_rng(sum(folder.name.encode()))
+    lines = []
+    for step in range(1, 57):
+        kd = step <= 24
+        line = {"step": step, "phase_step": step if kd else step - 24, "objective": "kd" if kd else "minillm"}
+        line["train/loss"] = (
+            float(level * (2 * np.exp(-step / 10) + 1 + 0.1 * rng.normal())) if kd else 0.1 * rng.normal()
+        )
+        line["train/forward_kl" if kd else "train/reverse_kl"] = float(level * (1 - step / 150 + 0.05 * rng.normal()))
+        lines.append(line)
+    lines[30]["train/loss"] = None
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 57, "tor')
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A finished run as the chain leaves it: chain and direct hop, kd then minillm, evaluated at every stage."""
+    out = tmp_path / "out"
+    directory = out / "runs" / "demo"
+    directory.mkdir(parents=True)
+    (directory / "config.toml").write_text(CONFIG)
+    stages = {
+        ("teacher", "initial"): dict(kl={"teacher": 0.0}, nll=2.5, rouge=30, length=40, agree=1.0),
+        ("ta", "initial"): dict(kl={"teacher": 3.0}, nll=4.0, rouge=10, length=48),
+        ("student", "initial"): dict(kl={"teacher": 5.0}, nll=6.7, rouge=3, length=48),
+        (TA, "after kd"): dict(kl={"teacher": 0.9}, nll=3.30, rouge=24, length=44),
+        (TA, "final"): dict(kl={"teacher": 0.7}, nll=3.33, rouge=25, length=40),
+        (CHAIN, "after kd"): dict(kl={"teacher": 1.2, "ta": 0.8}, nll=3.9, rouge=20, length=44),
+        (CHAIN, "final"): dict(kl={"teacher": 1.0, "ta": 0.5}, nll=4.0, rouge=21, length=40, agree=0.55),
+        (DIRECT, "after kd"): dict(kl={"teacher": 1.3}, nll=4.1, rouge=19, length=44),
+        (DIRECT, "final"): dict(kl={"teacher": 1.1}, nll=4.05, rouge=23, length=30, agree=0.5),
+    }
+    evals = []
+    for number, ((node, stage), values) in enumerate(stages.items()):
+        file = f"evals/{number:016d}/data-quick-1234.jsonl"
+        evaluation(out / file, **values, seed=number + 2)
+        evals.append({"node": node, "stage": stage, "file": file, "label": f"{node} {stage}"})
+    nodes = {
+        "teacher": dict(kind="model", dir="models/teacher-a", seconds=0.0, parameters=134_515_008, phases=[]),
+        "ta": dict(kind="model", dir="models/ta-b", seconds=0.0, parameters=106_200_000, phases=[]),
+        "student": dict(kind="model", dir="models/student-c", seconds=0.0, parameters=84_900_000, phases=[]),
+        TA: dict(kind="hop", teacher="teacher", student="ta", dir="hops/ta-1", seconds=360.0, parameters=106_200_000),
+        CHAIN: dict(kind="hop", teacher=TA, student="student", dir="hops/s-2", seconds=300.0, parameters=84_900_000),
+        DIRECT: dict(
+            kind="hop", teacher="teacher", student="student", dir="hops/s-3", seconds=330.0, parameters=84_900_000
+        ),
+    }
+    for key, node in nodes.items():
+        node["name"] = key.split(">")[-1]
+        if node["kind"] == "hop":
+            node["phases"] = ["kd", "minillm"]
+            metrics(out / node["dir"], 1.0 + 0.2 * len(key) / 18)
+    index = {
+        "name": "demo",
+        "paths": [["teacher", "ta", "student"], ["teacher", "student"]],
+        "nodes": nodes,
+        "evals": evals,
+        "protocol": {
+            "protocol": "quick", "quick": True, "seeds": [10], "max_new_tokens": 48, "sample": True,
+            "temperature": 1.0, "top_p": 1.0, "no_repeat_ngram_size": 0,
+        },
+        "data": {"source": "demo", "train": 250, "test": 50},
+        "hardware": {"name": "CPU, 2 threads", "device": "cpu", "reasons": "{'long': 'text'}"},
+        "versions": {"mskd": "0.1.0", "torch": "2.13.0"},
+        "date": "2025-01-02",
+    }  # fmt: skip
+    (directory / "index.json").write_text(json.dumps(index))
+    return directory
+
+
+def file_of(run, node, stage):
+    index = json.loads((run / "index.json").read_text())
+    return run.parent.parent / next(e["file"] for e in index["evals"] if (e["node"], e["stage"]) == (node, stage))
+
+
+def change_index(run, change):
+    index = json.loads((run / "index.json").read_text())
+    change(index)
+    (run / "index.json").write_text(json.dumps(index))
+
+
+def rows(report, title):
+    """The cells of the first table after a heading, by the first cell."""
+    table = report.split(title)[1].split("\n\n|")[1].split("\n\n")[0]
+    cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in table.splitlines()]
+    return {row[0]: row[1:] for row in cells}
+
+
+# -- summary --------------------------------------------------------------------------------------
+
+
+def test_summary_holds_the_figures_of_every_path(run):
+    document = summary(run)
+    json.dumps(document, allow_nan=False)
+    assert document["absent"] == [] and list(document["paths"]) == [CHAIN, DIRECT]
+    path = document["paths"][CHAIN]
+    final, before = (summarize(file_of(run, CHAIN, stage)) for stage in ("final", "after kd"))
+    initial = summarize(file_of(run, "student", "initial"))
+    assert path["seconds"] == 660 and path["parameters"] == 84_900_000
+    assert path["rouge_l"] == final["rouge_l"] and path["agreement"] == final["agreement"]["teacher"]
+    perplexity = path["perplexity"]
+    assert perplexity["initial"] == initial["perplexity"]["mean"] == pytest.approx(np.exp(6.7))
+    assert perplexity["initial_over_final"] == pytest.approx(np.exp(6.7 - 4.0))
+    assert perplexity["final_over_before"] == pytest.approx(np.exp(0.1))
+    assert path["answer_tokens"]["final_over_before"] == pytest.approx(40 / 44)
+    sides = [item_values(read_lines(file_of(run, CHAIN, s)), "reverse_kl", "ta") for s in ("final", "after kd")]
+    test = paired_bootstrap(*sides)
+    kl = path["reverse_kl"]
+    assert (kl["teacher"], kl["difference"], kl["low"], kl["high"]) == ("ta", test["mean"], test["low"], test["high"])
+    assert kl["before"] == before["reverse_kl"]["ta"]["mean"] and kl["after"] == final["reverse_kl"]["ta"]["mean"]
+    assert path["reverse_kl_top"]["teacher"] == "teacher" and path["reverse_kl_top"]["difference"] < 0
+    assert document["paths"][DIRECT]["reverse_kl"]["teacher"] == "teacher"
+
+
+def test_every_check_can_pass_and_fail(run):
+    checks = summary(run)["paths"]
+    assert all(checks[CHAIN]["checks"].values())
+    assert checks[DIRECT]["checks"] == {
+        "perplexity_5x_below_untrained": True,
+        "reverse_kl_lower": True,
+        "perplexity_rise_at_most_20_percent": True,
+        "answer_length_drop_at_most_25_percent": False,  # 44 to 30
+    }
+    assert summary(run)["all_checks_passed"] is False
+    evaluation(file_of(run, DIRECT, "final"), kl={"teacher": 1.3}, nll=5.2, rouge=23, length=44)
+    assert list(summary(run)["paths"][DIRECT]["checks"].values()) == [False, False, False, True]
+    evaluation(file_of(run, DIRECT, "final"), kl={"teacher": 1.1}, nll=4.1, rouge=23, length=44)
+    assert summary(run)["all_checks_passed"] is True
+
+
+def test_missing_evaluations_make_figures_and_checks_null_not_false(run):
+    file_of(run, CHAIN, "after kd").unlink()
+    document = summary(run)
+    path = document["paths"][CHAIN]
+    assert path["perplexity"]["before_on_policy"] is None and path["perplexity"]["initial_over_final"] > 5
+    assert path["checks"]["reverse_kl_lower"] is None and path["checks"]["perplexity_5x_below_untrained"] is True
+    assert document["all_checks_passed"] is None
+    assert len(document["absent"]) == 1 and "teacher > ta > student after kd" in document["absent"][0]
+
+
+def test_a_hop_of_other_phases_is_read_by_its_stages(run):
+    """minillm alone starts from the initial model; sft after minillm does not count as on-policy."""
+
+    def change(index):
+        index["nodes"][DIRECT]["phases"] = ["minillm", "sft"]
+        for entry in index["evals"]:
+            if (entry["node"], entry["stage"]) == (DIRECT, "after kd"):
+                entry["stage"] = "after minillm"
+
+    change_index(run, change)
+    kl = summary(run)["paths"][DIRECT]["reverse_kl"]
+    assert kl["before"] == pytest.approx(5, abs=0.3) and kl["after"] == pytest.approx(1.3, abs=0.3)
+    change_index(run, lambda index: index["nodes"][DIRECT].update(phases=["kd"]))
+    path = summary(run)["paths"][DIRECT]
+    assert path["reverse_kl"]["difference"] is None and path["perplexity"]["initial_over_final"] > 5
+    assert "This hop has no on-policy phase." in write_report(run).read_text()
+
+
+# -- the report -----------------------------------------------------------------------------------
+
+
+def test_the_table_shows_chain_and_direct_and_the_winner_in_bold(run):
+    report = write_report(run).read_text(encoding="utf-8")
+    table = rows(report, "## Result")
+    head = table.pop("Path")
+    assert head == [
+        "Parameters", "ROUGE-L", "Perplexity", "Agreement, %", "Reverse KL", "Answer, tokens", "Training time",
+    ]  # fmt: skip
+    del table["---"]
+    assert list(table) == ["`teacher`", "`teacher > ta`", "`teacher > ta > student`", "`teacher > student`"]
+    chain, direct = table["`teacher > ta > student`"], table["`teacher > student`"]
+    final = summarize(file_of(run, DIRECT, "final"))["rouge_l"]
+    assert direct[1] == f"**{final['mean']:.1f}** [{final['low']:.1f}, {final['high']:.1f}]"
+    assert [c.startswith("**") for c in chain] == [False, False, True, True, True, False, False]
+    assert [c.startswith("**") for c in direct] == [False, True, False, False, False, False, False]
+    assert not any("**" in c for c in table["`teacher`"] + table["`teacher > ta`"])  # only students compete
+    assert (chain[0], chain[-1], direct[-1], table["`teacher`"][-1]) == ("84.9 M", "11.0 min", "5.5 min", "–")
+    compared = re.search(r"- reverse KL of `teacher > ta > student` minus `teacher > student`: (.*)", report)[1]
+    assert re.fullmatch(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]; `teacher > ta > student` is better", compared)
+
+
+def test_equal_students_are_both_bold_and_a_lone_one_is_not(run):
+    for stage in ("after kd", "final"):
+        file_of(run, DIRECT, stage).write_bytes(file_of(run, CHAIN, stage).read_bytes())
+    report = write_report(run).read_text(encoding="utf-8")
+    table = rows(report, "## Result")
+    assert all(table[p][1].startswith("**") for p in ("`teacher > ta > student`", "`teacher > student`"))
+    assert "no difference is shown" in report
+    change_index(run, lambda index: index["paths"].pop())
+    assert "**" not in "".join(
+        rows(write_report(run).read_text(encoding="utf-8"), "## Result")["`teacher > ta > student`"]
+    )
+
+
+def test_every_hop_has_its_stages(run):
+    report = write_report(run).read_text(encoding="utf-8")
+    chain = rows(report, "### teacher > ta > student")
+    assert chain["Stage"] == ["Perplexity", "Reverse KL to ta", "Reverse KL to teacher", "Answer, tokens", "ROUGE-L"]
+    assert list(chain)[2:] == ["initial", "after kd", "final"]
+    assert chain["initial"][1] == "–" and chain["initial"][2].startswith("5.")  # never compared with ta
+    assert rows(report, "### teacher > student")["Stage"][1] == "Reverse KL to teacher"
+    assert "From *after kd* to *final*, the on-policy training changed reverse KL to ta by -0.3" in report
+    assert "perplexity by +10.5 %; answer length by -9.1 %." in report
+
+
+def test_the_report_says_what_was_run(run):
+    report = write_report(run).read_text(encoding="utf-8")
+    assert "quick: one seed, 48 tokens, sampled at temperature 1, top-p 1" in report
+    assert "exp of the mean negative log-likelihood per response token (EOS included, prompt excluded)" in report
+    assert "KL(model || top teacher)" in report
+    for text in (
+        "some\\_model\\|x, int8 as a teacher", "kd (steps 24, batch_size 8, lr 0.0003)", "include_current false",
+        "demo (250 train items, 50 test items)", "torch 2.13.0", "CPU, 2 threads", "2025-01-02", "(config.toml)",
+    ):  # fmt: skip
+        assert text in report, text
+    assert "long" not in report and "## Absent" not in report
+
+
+def test_curves_are_pictures_of_some_size(run):
+    import matplotlib.image
+
+    report = write_report(run).read_text()
+    for name in ("loss.png", "reverse_kl.png"):
+        assert f"]({name})" in report
+        picture = matplotlib.image.imread(run / name)
+        assert picture.shape[0] > 400 and picture.shape[1] > 700 and picture[..., :3].std() > 0.05
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_three_prompts_are_answered_by_every_model(run):
+    report = write_report(run).read_text(encoding="utf-8")
+    answers = report.split("## Sample answers")[1].split("## What was run")[0]
+    assert re.findall(r"### Prompt \d \(item (\d+)\)", answers) == ["0", "6", "11"]
+    assert "Shared preamble" not in answers and "Task 6" in answers and "ref 11" in answers
+    for key in ("teacher", "teacher > ta", "teacher > ta > student", "teacher > student"):
+        assert answers.count(f"`{key}`:") == 3
+    assert NASTY.rstrip("\x07") in answers and "\x07" not in answers
+
+
+def test_fences_and_cells_hold_any_text():
+    for text in (NASTY, "````", "no ticks", "`" * 9 + "\nx"):
+        lines = _fenced(text).split("\n")
+        fence = lines[-1]
+        assert set(fence) == {"`"} and len(fence) >= 3 and lines[0] == fence + "text"
+        assert not any(line.strip().startswith(fence) for line in lines[1:-1])
+    assert "(empty)" in _fenced("")
+    assert _markdown([["a", "b"], ["x|y", "p\nq"]]) == "| a | b |\n|---|---:|\n| x\\|y | p q |"
+    assert _text("a_b *c* [d](e)\n`f`|<g>") == r"a\_b \*c\* \[d\](e) \`f\`\|\<g\>"
+
+
+# -- what is absent -------------------------------------------------------------------------------
+
+
+def test_a_report_without_anything_but_the_index_says_what_is_absent(run):
+    import shutil
+
+    for folder in ("evals", "hops"):
+        shutil.rmtree(run.parent.parent / folder)
+    (run / "config.toml").unlink()
+    (run / "loss.png").write_text("of an earlier report")
+    report = write_report(run).read_text(encoding="utf-8")
+    absent = report.split("## Absent")[1]
+    for what in (
+        "the evaluation of teacher \\> ta: the file is not there",
+        "metrics of teacher \\> student",
+        "config.toml",
+    ):
+        assert what in absent
+    assert "No metrics are stored." in report and "No evaluation is stored." in report
+    assert not (run / "loss.png").exists() and not (run / "reverse_kl.png").exists()
+    assert set(rows(report, "## Result")["`teacher > student`"][1:6]) == {"–"}
+    document = summary(run)
+    assert document["all_checks_passed"] is None
+    assert set(document["paths"][CHAIN]["checks"].values()) == {None}
+
+
+def test_a_run_that_has_not_ended_has_a_report(run):
+    def change(index):
+        del index["nodes"][CHAIN], index["nodes"][DIRECT]
+        index["evals"] = [e for e in index["evals"] if e["node"] not in (CHAIN, DIRECT)]
+
+    change_index(run, change)
+    report = write_report(run).read_text(encoding="utf-8")
+    assert rows(report, "## Result")["`teacher > ta`"][1] != "–"
+    assert rows(report, "## Result")["`teacher > student`"][-1] == "–"
+    assert "the evaluation of teacher \\> student" in report.split("## Absent")[1]
+    assert summary(run)["paths"][CHAIN]["seconds"] is None
+
+
+def test_a_damaged_evaluation_is_absent_and_named(run):
+    file_of(run, CHAIN, "final").write_text('{"item": 0, "tor')
+    assert "the file cannot be read" in write_report(run).read_text().split("## Absent")[1]
+
+
+def test_different_items_are_not_compared(run):
+    evaluation(file_of(run, DIRECT, "final"), kl={"teacher": 1.1}, nll=4.05, rouge=23, length=30, items=7)
+    assert summary(run)["paths"][DIRECT]["reverse_kl"]["difference"] is None
+    assert "Item by item" not in write_report(run).read_text()
+
+
+def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConfigError, match="is no run: it has no index.json"):
+            write_report(folder)
+    for text in ("{", "[]", "{}"):
+        (run / "index.json").write_text(text)
+        with pytest.raises(ConfigError, match="damaged: index.json"):
+            summary(run)
+
+
+def test_the_same_files_give_the_same_report(run):
+    first = write_report(run).read_bytes()
+    pictures = [(run / n).read_bytes() for n in ("loss.png", "reverse_kl.png")]
+    assert write_report(run).read_bytes() == first
+    assert [(run / n).read_bytes() for n in ("loss.png", "reverse_kl.png")] == pictures
+
+
+def test_a_relative_path_works(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    assert Stored(Path("demo")).final("teacher") is not None
+    assert (
+        write_report(Path("demo")) == Path("demo/report.md") and "## Absent" not in Path("demo/report.md").read_text()
+    )
