@@ -74,6 +74,8 @@ class Graph:
         )
         text = config.data.text
         self.text = load_text(text, self.tokenizer, config.data.max_tokens) if text else ()
+        rows = [[e.prompt_ids, e.response_ids] for split in (self.data.train, self.data.validation) for e in split]
+        self.data_hash = checkpoint.digest([len(self.data.validation), rows])  # the test split determines no weights
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
 
@@ -158,7 +160,7 @@ class Graph:
         return {
             "format": checkpoint.FORMAT,
             "seed": self.config.seed,
-            "data": self.data.fingerprint,
+            "data": self.data_hash,
             "text": checkpoint.digest(self.text),
             "train": train,
         }
@@ -172,7 +174,7 @@ class Graph:
         own: dict[str, Any] = {"layers": m.layers}
         own["start"] = start.hash if start else models.content_hash(self.folders[name])
         if m.layers is not None:
-            own["sample"] = self.data.fingerprint
+            own["sample"] = self.data_hash
         if m.prepare:
             own |= {"phases": [p.model_dump() for p in m.prepare]} | self._common()
         value = checkpoint.digest(own)

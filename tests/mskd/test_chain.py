@@ -89,7 +89,7 @@ def test_another_run_shares_nodes_and_runtime_settings_do_not_count(finished, ti
         {"train": {"gradient_checkpointing": True}},
         {"hop": {"teacher>student": {"lr": 2e-3}}},
         {"models": {"teacher": {"source": "", "precision": "fp32"}, "student": {"from": "teacher", "layers": 2}}},
-        {"data": {"max_tokens": 40}},
+        {"data": {"validation": 2}},
     ],
 )
 def test_what_determines_a_node_is_in_its_hash(tiny_llama_folder, data, tmp_path, change):
@@ -138,6 +138,7 @@ def test_a_text_corpus_adds_its_term(tiny_llama_folder, data, tmp_path):
     base = tree(tiny_llama_folder, data, chain={"paths": [["teacher", "student"]]})
     base["data"]["text"] = str(tmp_path / "text.txt")
     base["phases"] = [{**base["phases"][1], "objective": "lmops", "steps": 2}]
+    base["train"] = {"gradient_checkpointing": True, "loss_chunk_mb": 1}
     distill(parse(base), tmp_path / "out", echo=lambda line: None)
     (metrics,) = (tmp_path / "out").glob("hops/*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -153,21 +154,9 @@ def test_a_model_may_be_prepared_and_cut_from_a_prepared_one(tiny_llama_folder, 
     assert checkpoint.weights_digest(teacher / "model") != checkpoint.weights_digest(tiny_llama_folder)
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama_folder, data, tmp_path):
-    models = []
-    for on in (False, True):
-        base = tree(
-            tiny_llama_folder, data, chain={"paths": [["teacher", "student"]]}, train={"gradient_checkpointing": on}
-        )
-        run = distill(parse(base), tmp_path / str(on), echo=lambda line: None)
-        models.append(load_model(run.students["teacher > student"]))
-    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
 def test_ten_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_state(tiny_llama_folder, data, tmp_path):
     base = tree(tiny_llama_folder, data, chain={"paths": [["teacher", "student"]]})
-    base["phases"] = [{"objective": "sft", "steps": 30, "batch_size": 4, "lr": 1e38, "grad_clip": 1e30}]
+    base["phases"] = [{"objective": "sft", "steps": 30, "batch_size": 4, "lr": 1e25, "grad_clip": 1e30}]
     base["run"]["save_every_s"] = 0.0
     with pytest.raises(FloatingPointError, match="10 steps in a row.*lower lr"):
         distill(parse(base), tmp_path, echo=lambda line: None)
@@ -220,7 +209,7 @@ def test_another_tokenizer(tiny_llama_folder, data, tmp_path):
     model = load_model(tiny_llama_folder)
     model.resize_token_embeddings(len(tokenizer))
     save_model(model, tokenizer, other)
-    models = {"teacher": {"source": str(tiny_llama_folder)}, "student": {"source": str(other)}}
+    models = {"teacher": {"source": str(other)}, "student": {"source": str(tiny_llama_folder)}}
     out = tmp_path / "out"
     refused(small(tiny_llama_folder, data, models=models), out, "tokenizer")
 

@@ -12,6 +12,7 @@ import time
 import pytest
 from chain_setup import environment, mskd, tree, weights, write_rows
 
+from mskd import checkpoint
 from mskd.config import parse, to_toml
 
 
@@ -38,6 +39,17 @@ def wait_for_work(out, process):
         time.sleep(0.02)
 
 
+def same_metrics(out, whole):
+    """metrics.jsonl of every hop is the same, apart from times."""
+
+    def read(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
+
+    for folder in whole.glob("hops/*"):
+        assert read(out / "hops" / folder.name) == read(folder)
+
+
 def kill_and_resume(setting, out, times, generator):
     file, expected, _ = setting
     killed = 0
@@ -52,6 +64,7 @@ def kill_and_resume(setting, out, times, generator):
     assert mskd("distill", file, "--out", out).returncode == 0
     assert weights(out) == expected
     assert not list(out.rglob(".tmp-*"))
+    same_metrics(out, file.parent / "whole")
 
 
 def test_killed_five_times_ends_with_the_same_bits(setting, tmp_path):
@@ -64,32 +77,28 @@ def test_killed_fifty_times_ends_with_the_same_bits(setting, tmp_path):
         kill_and_resume(setting, tmp_path / str(i), 5, random.Random(i + 1))
 
 
-@pytest.mark.parametrize("place", ["mskd.rollout._decode", "mskd.hop.backward", "mskd.checkpoint.file_digest"])
-def test_killed_inside_a_rollout_a_step_and_a_save(setting, tmp_path, place):
+@pytest.mark.parametrize("call", [1, 4])
+def test_killed_inside_a_rollout_a_step_and_a_save(setting, tmp_path, call):
     """The process kills itself at the n-th call of a function, so that the place is sure to be hit."""
     file, expected, _ = setting
     out = tmp_path / "out"
-    module, _, name = place.rpartition(".")
-    code = (
-        "import importlib, os, signal, sys\n"
-        f"module = importlib.import_module('{module}'); real = module.{name}; left = [int(sys.argv[1])]\n"
-        "def dying(*args, **kwargs):\n"
-        "    left[0] -= 1\n"
-        "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*args, **kwargs)\n"
-        f"module.{name} = dying\n"
-        "import mskd; mskd.distill(mskd.load(sys.argv[2]), sys.argv[3])\n"
-    )
-    for call in (1, 4):
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(call), str(file), str(out)],
-            env=environment(),
-            capture_output=True,
-            text=True,
+    for module, name in (("mskd.rollout", "_decode"), ("mskd.hop", "backward"), ("mskd.checkpoint", "file_digest")):
+        code = (
+            "import importlib, os, signal, sys\n"
+            f"module = importlib.import_module('{module}'); real = module.{name}; left = [{call}]\n"
+            "def dying(*args, **kwargs):\n"
+            "    left[0] -= 1\n"
+            "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return real(*args, **kwargs)\n"
+            f"module.{name} = dying\n"
+            "import mskd; mskd.distill(mskd.load(sys.argv[1]), sys.argv[2])\n"
         )
+        command = [sys.executable, "-c", code, str(file), str(out)]
+        result = subprocess.run(command, env=environment(), capture_output=True, text=True)
         assert result.returncode == -signal.SIGKILL, result.stderr
     assert mskd("distill", file, "--out", out).returncode == 0
     assert weights(out) == expected
+    same_metrics(out, file.parent / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -109,35 +118,17 @@ def test_a_stop_saves_and_leaves_and_the_run_goes_on(setting, tmp_path, number, 
     assert result.returncode == 0 and weights(out) == expected
 
 
-def test_metrics_of_a_resumed_run_equal_those_of_an_uninterrupted_one(setting, tmp_path):
+@pytest.mark.parametrize("folder", ["runs/tiny", "hops/ta-from-teacher-*"])
+def test_while_another_process_holds_a_run_or_node_this_one_refuses(setting, tmp_path, folder):
     file, _, _ = setting
-    out = tmp_path / "out"
-    process = start(file, out)
-    while process.poll() is None and not list(out.glob("hops/*/state/*.safetensors")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert mskd("distill", file, "--out", out).returncode == 0
-    for folder in out.glob("hops/*"):
-        lines = [read_metrics(root / "hops" / folder.name) for root in (out, file.parent / "whole")]
-        assert lines[0] == lines[1]
-
-
-def read_metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time" and not k.startswith("perf/")} for line in lines]
-
-
-def test_two_processes_on_one_run_the_second_refuses(setting, tmp_path):
-    file, expected, _ = setting
-    out = tmp_path / "out"
-    first = start(file, out)
-    wait_for_work(out, first)
-    second = mskd("distill", file, "--out", out)
-    assert second.returncode == 2
-    assert len(second.stderr.strip().splitlines()) == 1 and f"process {first.pid}" in second.stderr
-    first.communicate()
-    assert first.returncode == 0 and weights(out) == expected
+    (held,) = (file.parent / "whole").glob(folder)
+    held = tmp_path / held.relative_to(file.parent / "whole")
+    with checkpoint.lock(held):
+        result = mskd("distill", file, "--out", tmp_path)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert f"{held} is being worked on by process {os.getpid()}" in last and "Traceback" not in result.stderr
+    assert [p.name for p in held.iterdir()] == ["lock"]
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(setting, tmp_path):

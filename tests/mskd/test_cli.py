@@ -1,0 +1,116 @@
+"""The command line: plain flags, exit codes, and one line on stderr for every mistake; nothing is written over."""
+
+import json
+import sys
+
+import pytest
+from chain_setup import mskd, tree, write_rows
+
+from mskd.cli import from_flags, main
+from mskd.config import parse, to_toml
+
+SMALL = [
+    "--set", "phases.kd.epochs=0.5", "--set", "phases.kd.batch_size=4", "--set", "phases.minillm.rollouts=4",
+    "--set", "phases.minillm.batch_size=4", "--set", "phases.minillm.steps=2", "--set", "phases.minillm.max_new_tokens=4",
+    "--set", "evaluation.max_new_tokens=4", "--set", "run.device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: exit code, lines of stdout, lines of stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mskd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        shown = capsys.readouterr()
+        return exit_.value.code, shown.out.splitlines(), shown.err.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+def test_plain_flags_on_a_local_file(run, rows, tiny_llama_folder, tmp_path):
+    flags = ["--teacher", tiny_llama_folder, "--via", "{layers = 3}", "--student", "{layers = 2}", "--data", rows]
+    code, out, _ = run("distill", *flags, "--out", tmp_path / "out", *SMALL)
+    assert code == 0
+    summary = json.loads(out[-1])
+    assert list(summary["paths"]) == ["teacher>ta>student"]
+    shown = next(line for line in out if line.startswith("teacher > ta > student: "))
+    code, out, _ = run("evaluate", shown.split(": ")[1], "--data", rows, "--out", tmp_path / "out", *SMALL[-4:])
+    figures = json.loads(out[-1])
+    assert code == 0 and figures["perplexity"]["mean"] > 1
+    assert len(open(figures["file"]).readlines()) == figures["items"]
+    code, out, _ = run("report", tmp_path / "out" / "runs" / "run")
+    assert code == 0 and out[-1].endswith("report.md")
+
+
+def test_flags_stand_for_a_path_with_a_warm_up_where_a_model_is_cut():
+    cut = from_flags("big", ["{layers = 3}", "mid"], "{layers = 2}", "d", [])
+    assert cut.chain.paths == (("teacher", "ta1", "ta2", "student"),)
+    assert cut.models["ta1"].from_ == cut.models["student"].from_ == "teacher" and cut.models["ta2"].source == "mid"
+    assert [p.objective for p in cut.phases] == ["kd", "minillm"]
+    assert [p.objective for p in from_flags("big", [], "small", "d", []).phases] == ["minillm"]
+    precise = from_flags("{source = 'big', precision = 'fp32'}", [], "small", "d", [])
+    assert precise.models["teacher"].precision == "fp32"
+
+
+def test_doctor_says_what_and_why(run):
+    code, out, _ = run("doctor")
+    text = "\n".join(out)
+    assert code == 0
+    for word in ("torch", "transformers", "attention", "int8", "losses"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["distill", "dmeo"], "did you mean 'demo'"),
+        (["distill"], "without a recipe --teacher is needed"),
+        (["distill", "--teacher", "x", "--data", "y"], "--student is needed"),
+        (["distill", "demo", "--teacher", "x"], "--set models.teacher="),
+        (["distill", "--techer", "x"], "--techer"),
+        (["distill", "demo", "--set", "phases.minillm.lrr=1"], "did you mean 'lr'"),
+        (["distill", "demo", "--set", "seed=x"], "seed is 'x'"),
+        (["distill", "demo", "--set", "chain.paths=[['teacher','tb']]"], "names 'tb', which is no model"),
+        (["distill", "--teacher", "{layers", "--student", "s", "--data", "d"], "no inline table"),
+        (["distill", "--teacher", "./nowhere", "--student", "s", "--data", "d"], "nowhere"),
+        (["evaluate", "./nowhere"], "nowhere"),
+        (["report", "./nowhere"], "nowhere"),
+        (["distil"], "distil"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 9}", "--data", "ROWS"], "give at most 4"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "EMPTY"], "empty"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "BROKEN"], "broken.jsonl"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "COLUMNS"], "column"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "ROWS", "--set", "run.trackers=['x']"],
+         "no tracker"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_one_line_and_exit_code_2(run, rows, tiny_llama_folder, tmp_path, arguments, says):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"instruction": ')
+    (tmp_path / "columns.jsonl").write_text('{"foo": "a", "bar": "b"}\n')
+    places = {
+        "MODEL": tiny_llama_folder, "ROWS": rows, "EMPTY": tmp_path / "empty.jsonl",
+        "BROKEN": tmp_path / "broken.jsonl", "COLUMNS": tmp_path / "columns.jsonl",
+    }  # fmt: skip
+    out = ["--out", tmp_path / "out"] if arguments[0] in ("distill", "evaluate") else []
+    code, _, err = run(*[places.get(a, a) for a in arguments], *out)
+    assert code == 2
+    assert len(err) == 1 and err[0].startswith("mskd: ") and says in err[0], err
+    assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+def test_the_real_command_has_no_traceback_and_one_line(tiny_llama_folder, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(to_toml(parse(tree(tiny_llama_folder, tmp_path / "gone.jsonl"))))
+    result = mskd("distill", file, "--out", tmp_path / "out")
+    assert result.returncode == 2 and result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1 and "gone.jsonl" in result.stderr
