@@ -32,7 +32,7 @@ COLUMNS: tuple[tuple[str, str, bool | None, Callable[[float], str]], ...] = (
     ("ROUGE-L", "rouge_l", True, "{:.1f}".format),
     ("Perplexity", "perplexity", False, lambda x: f"{x:,.{0 if x >= 1000 else 1 if x >= 100 else 2}f}"),
     ("Agreement, %", "agreement", True, lambda x: f"{100 * x:.1f}"),
-    ("Reverse KL", "reverse_kl", False, "{:.3f}".format),
+    ("Reverse KL", "reverse_kl", False, "{:z.3f}".format),
     ("Answer, tokens", "answer_tokens", None, "{:.1f}".format),
 )
 
@@ -358,13 +358,20 @@ def _what_was_run(stored: Stored) -> str:
         sizes = ", ".join(f"{data[k]} {k} items" for k in ("train", "test") if k in data)
         lines.append(f"- Data: {_text(str(source))}{f' ({sizes})' if sizes else ''}")
     lines += [f"- Evaluation: {_protocol(stored)}", f"- Seed: {config['seed']}" if "seed" in config else ""]
-    machine = {k: v for k, v in hardware.items() if k != "reasons"}
-    lines += [f"- Machine: {_items(machine)}"] if machine else []
+    lines += [f"- Machine: {_machine(hardware)}"] if hardware else []
     lines += [f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items())}"] if versions else []
     lines.append(f"- Date: {stored.index.get('date') or _date(stored.directory / 'index.json')}")
     if config:
         lines.append("- All settings: [config.toml](config.toml)")
     return "\n".join(line for line in lines if line)
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    kept = {k: v for k, v in hardware.items() if k not in ("name", "memory_bytes", "reasons") and str(v) != "None"}
+    memory = hardware.get("memory_bytes")
+    parts = [_text(str(hardware["name"]))] if "name" in hardware else []
+    parts += [f"{int(memory) / 2**30:.0f} GiB"] if str(memory).isdigit() else []
+    return ", ".join([*parts, _items(kept)])
 
 
 def _model(values: Mapping[str, Any]) -> str:

@@ -125,7 +125,10 @@ def run(tmp_path) -> Path:
             "temperature": 1.0, "top_p": 1.0, "no_repeat_ngram_size": 0,
         },
         "data": {"source": "demo", "train": 250, "test": 50},
-        "hardware": {"name": "CPU, 2 threads", "device": "cpu", "reasons": "{'long': 'text'}"},
+        "hardware": {
+            "name": "CPU, 2 threads", "device": "cpu", "memory_bytes": "25276063744", "capability": "None",
+            "reasons": "{'long': 'text'}",
+        },
         "versions": {"mskd": "0.1.0", "torch": "2.13.0"},
         "date": "2025-01-02",
     }  # fmt: skip
@@ -275,7 +278,8 @@ def test_the_report_says_what_was_run(run):
     assert "KL(model || top teacher)" in report
     for text in (
         "some\\_model\\|x, int8 as a teacher", "kd (steps 24, batch_size 8, lr 0.0003)", "include_current false",
-        "demo (250 train items, 50 test items)", "torch 2.13.0", "CPU, 2 threads", "2025-01-02", "(config.toml)",
+        "demo (250 train items, 50 test items)", "torch 2.13.0", "CPU, 2 threads, 24 GiB, device cpu\n", "2025-01-02",
+        "(config.toml)",
     ):  # fmt: skip
         assert text in report, text
     assert "long" not in report and "## Absent" not in report
