@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from mskd.config import ConfigError
-from mskd.draw import draw, uniforms
+from mskd.draw import _inverse_cdf, draw, uniforms
 from mskd.rollout import Interrupted, sample
 
 EOS, PAD = 1, 0
@@ -170,6 +170,9 @@ def test_draw_is_the_inverse_cdf_at_its_edges():
     u = torch.cat([ends - weights[possible] + 1e-12, ends - 1e-12])
     token, *_ = draw(weights.log().expand(len(u), V), None, u, mix_alpha=0.0, top_p=1.0, top_k=0)
     assert token.tolist() == possible.tolist() * 2
+    # Intervals are half open: u at an end belongs to the next possible token, across blocks too.
+    exact, total = _inverse_cdf(weights.expand(len(ends) - 1, V), ends[:-1])
+    assert exact.tolist() == possible[1:].tolist() and total.tolist() == [1.0] * len(exact)
 
 
 def test_draw_keeps_ties_at_the_threshold():
