@@ -368,9 +368,9 @@ def _what_was_run(stored: Stored) -> str:
 
 def _machine(hardware: Mapping[str, Any]) -> str:
     kept = {k: v for k, v in hardware.items() if k not in ("name", "memory_bytes", "reasons") and str(v) != "None"}
-    memory = hardware.get("memory_bytes")
+    memory = str(hardware.get("memory_bytes"))
     parts = [_text(str(hardware["name"]))] if "name" in hardware else []
-    parts += [f"{int(memory) / 2**30:.0f} GiB"] if str(memory).isdigit() else []
+    parts += [f"{int(memory) / 2**30:.0f} GiB"] if memory.isdigit() else []
     return ", ".join([*parts, _items(kept)])
 
 
