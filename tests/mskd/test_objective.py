@@ -238,7 +238,7 @@ def test_kd_sft_and_plain_text_equal_the_oracle(kd_ratio, temperature):
             loss = make(batch, frozen.hidden(batch))
             value, found = trained(batch, loss.over(n))
             value.backward()
-            total += float(value)
+            total += float(value.detach())
             for name, x in found.items():
                 stats[name] = stats.get(name, 0.0) + float(x)
         assert total == pytest.approx(scale * float(expected), abs=1e-9)
