@@ -24,7 +24,7 @@ from typing import Any
 from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
 from mskd.config import Config, ConfigError, EvaluateConfig, ModelConfig, RunConfig, load, parse, to_toml
-from mskd.data import SequenceBatch, load_data
+from mskd.data import SequenceBatch, end_token_id, load_data
 from mskd.hardware import Hardware, detect
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
@@ -90,15 +90,23 @@ def evaluate_model(
     file = evaluate.file_name(Path(settings.data.source).stem, data.fingerprint, settings.evaluation, hashes)
     path = Path(out) / "evals" / checkpoint.weights_digest(folder)[:16] / file
     echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(data.test)} test items on {hardware.name}")
-    figures = evaluate.evaluate(loaded, tokenizer, data.test, settings.evaluation, out=path, teachers=judges)
+    eos = end_token_id(tokenizer, settings.data.template)
+    figures = evaluate.evaluate(
+        loaded, tokenizer, data.test, settings.evaluation, out=path, teachers=judges, eos_id=eos
+    )
     return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
 
 
 class Stop:
-    """Ctrl-C and SIGTERM ask for a stop; the loop saves and leaves. A second signal ends the process at once."""
+    """Ctrl-C and SIGTERM ask for a stop; a second signal ends the process at once.
+
+    While `polled` (a hop trains) the loop asks, saves and leaves. Elsewhere there is nothing to save, and Interrupted is
+    raised on the spot.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.polled = False
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -115,6 +123,8 @@ class Stop:
         def note(number: int, frame: Any) -> None:
             self.signal = number
             signal.signal(number, signal.SIG_DFL)
+            if not self.polled:
+                raise Interrupted
 
         if threading.current_thread() is not threading.main_thread():
             yield self
@@ -142,7 +152,7 @@ class Chain:
         with self.accelerator.main_process_first():  # the first one fills the caches
             self.graph = Graph(config, out, self.hardware)
         self.nodes, self.tokenizer, self.data = self.graph.nodes, self.graph.tokenizer, self.graph.data
-        self._loaded: tuple[str, Teacher] | None = None
+        self._loaded: dict[str, Teacher] = {}
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -255,10 +265,6 @@ class Chain:
             trust_remote_code=config.trust_remote_code,
         )
 
-    def _teacher(self, node: Node) -> Teacher:
-        c = node.config
-        return models.load_teacher(node.folder, c.precision, self.hardware, trust_remote_code=c.trust_remote_code)
-
     def _train(self, node: Node, start: Path, teacher: Node | None) -> dict[str, Any]:
         shown = " then ".join(p.objective for p in node.phases)
         self.echo(f"{node.key}: {shown}" + (f" against {teacher.name} ({teacher.config.precision})" if teacher else ""))
@@ -280,8 +286,10 @@ class Chain:
             card=self._card(node),
         )
         try:
+            self.stop.polled = True
             return hop.train(job)
         finally:
+            self.stop.polled = False
             self.accelerator.free_memory()
 
     def _card(self, node: Node) -> str:
@@ -306,31 +314,41 @@ class Chain:
 
     def _evaluate(self, node: Node) -> list[dict[str, Any]]:
         """Evaluate every stage of a node that was not evaluated before; entries of the run's index."""
-        entries = []
+        entries: list[dict[str, Any]] = []
+        if not self.data.test:
+            return entries
         for stage, folder in node.stages():
             teachers = self._judges(node)
             file = self._eval_file(folder, teachers)
             if self.main and not (self.out / file).exists():
                 self.stop.check()
                 self.echo(f"{node.key}: evaluating {stage}")
-                loaded = {n.name: self._cached_teacher(n) for n in teachers}
+                loaded = {n.name: self._teacher(n) for n in teachers}
                 model = loaded[node.name].model if node.name in loaded else self._load(folder, node.config)
-                evaluate.evaluate(
-                    model, self.tokenizer, self.data.test, self.config.evaluation, out=self.out / file, teachers=loaded
-                )
+                self._run_evaluation(model, self.data.test, self.out / file, loaded)
             entries.append({"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"})
         self.accelerator.wait_for_everyone()
         return entries
+
+    def _run_evaluation(self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher]) -> dict[str, Any]:
+        eos = end_token_id(self.tokenizer, self.config.data.template)
+        c = self.config.evaluation
+        return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=eos)
 
     def _judges(self, node: Node) -> list[Node]:
         """Whose distributions a model is compared with: the top teacher of its path and the teacher of its hop."""
         top = self.nodes[node.key.split(">")[0]] if node.teacher else self.nodes[self.config.chain.paths[0][0]]
         return [top] if node.teacher in (None, top) else [top, node.teacher]
 
-    def _cached_teacher(self, node: Node) -> Teacher:
-        if self._loaded is None or self._loaded[0] != node.key:
-            self._loaded = (node.key, self._teacher(node))
-        return self._loaded[1]
+    def _teacher(self, node: Node) -> Teacher:
+        """The frozen model of a node: at most a path's top and the hop's own teacher are held at a time."""
+        if node.key not in self._loaded:
+            if len(self._loaded) == 2:
+                del self._loaded[max(self._loaded, key=len)]  # the one lower in the chain; the top serves every hop
+            c = node.config
+            loaded = models.load_teacher(node.folder, c.precision, self.hardware, trust_remote_code=c.trust_remote_code)
+            self._loaded[node.key] = loaded
+        return self._loaded[node.key]
 
     def _eval_file(self, folder: Path, teachers: list[Node]) -> Path:
         hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in teachers}
@@ -344,13 +362,14 @@ class Chain:
         def validate(model: Any, metric: str) -> float:
             if not self.data.validation:
                 raise ConfigError("eval_every needs validation items; set data.validation to their number")
-            out = node.directory / "validation.jsonl"
-            judge = {teacher.name: self._cached_teacher(teacher)} if metric == "reverse_kl" else {}
-            evaluate.evaluate(
-                model, self.tokenizer, self.data.validation, self.config.evaluation, out=out, teachers=judge
-            )
-            figures = evaluate.summarize(out)
-            return figures["reverse_kl"][teacher.name]["mean"] if judge else figures["rouge_l"]["mean"]
+            judge = {teacher.name: self._teacher(teacher)} if metric == "reverse_kl" else {}
+            figures = self._run_evaluation(model, self.data.validation, node.directory / "validation.jsonl", judge)
+            figure = figures["reverse_kl"][teacher.name] if judge else figures["rouge_l"]
+            if figure is None:
+                raise ConfigError(
+                    "keep_by = 'rouge_l' needs validation items with responses; use keep_by = 'reverse_kl'"
+                )
+            return figure["mean"]
 
         return validate
 
