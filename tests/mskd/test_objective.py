@@ -241,7 +241,7 @@ def test_kd_sft_and_plain_text_equal_the_oracle(kd_ratio, temperature):
             total += float(value.detach())
             for name, x in found.items():
                 stats[name] = stats.get(name, 0.0) + float(x)
-        assert total == pytest.approx(scale * float(expected), abs=1e-9)
+        assert total == pytest.approx(scale * float(expected.detach()), abs=1e-9)
         assert_equal(gradients(student), [scale * g for g in wanted])
         return stats
 
