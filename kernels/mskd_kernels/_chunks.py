@@ -7,11 +7,11 @@ summed in float32.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mskd_kernels import _rows
 from mskd_kernels._inputs import accumulate_dtype
@@ -76,8 +76,8 @@ class _HeadStatistics(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_value, g_logprob, _, g_entropy):
+        _rows.refuse_second_derivative()
         student, teacher = ctx.saved_tensors[:3], ctx.saved_tensors[3:6]
         tokens, rows, stats = ctx.saved_tensors[6:]
         upstream = [g if g is None or rows is None else g[rows] for g in (g_value, g_logprob, g_entropy)]
@@ -118,8 +118,8 @@ class _HeadLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, upstream, *_):
+        _rows.refuse_second_derivative()
         return *_scaled(ctx.saved_tensors, upstream, ctx.student), *(None,) * 9
 
 
@@ -261,6 +261,7 @@ def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
     return out
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> Any:
     """The ops choose their dtypes themselves."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

@@ -66,6 +66,15 @@ class Coefficients(NamedTuple):
     entropy: Tensor | None = None
 
 
+def refuse_second_derivative() -> None:
+    """Backward runs with gradients enabled only where a second derivative is wanted (create_graph=True)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the losses of mskd_kernels have no second derivative: call backward without create_graph, or use the "
+            "plain-torch <op>_reference"
+        )
+
+
 def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None = None) -> Tensor:
     """Raw logits s, t [N, V] (any row stride), tokens int64 [N], live bool [N] -> statistics [N, 8].
 
@@ -199,9 +208,10 @@ def _block_statistics(
             stats[:, TEACHER_LOGPROB] = _gather(u, token) - stats[:, TEACHER_LSE]
         shift = stats[:, LSE] - stats[:, TEACHER_LSE]
         if op.kind == "reverse_kl":
-            stats[:, VALUE] = _expected_difference(e, d, x, u, work=w) - shift
+            expected = _expected_difference(e, d, x, u, work=w)
         else:
-            stats[:, VALUE] = _expected_difference(w, dt, u, x, work=e) + shift
+            expected, shift = _expected_difference(w, dt, u, x, work=e), -shift
+        stats[:, VALUE] = (expected - shift).masked_fill(expected == torch.inf, torch.inf)
     if live is not None:
         stats.masked_fill_(~live[rows, None], 0.0)
     out[rows] = stats

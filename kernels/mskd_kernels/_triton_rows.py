@@ -1,9 +1,9 @@
 """The row op in Triton: one pass for the statistics of a row, one for the gradient. Formulas: `_rows`.
 
-The statistics kernel has one program a row and keeps running sums that are rescaled when the running maximum grows; the
-gradient kernel has one program a tile. Every reduction has a fixed order and there are no atomics, so results repeat bit
-for bit. N is the grid, never an argument: nothing is compiled again when it changes. Full tiles are loaded unmasked, only
-the tail has a mask. Sums are float32, float64 where an input is.
+The statistics kernel has one program a row and keeps running sums that are rescaled when the running maximum grows;
+the gradient kernel has one program a tile. Every reduction has a fixed order and there are no atomics, so results
+repeat bit for bit. N is the grid, never an argument: nothing is compiled again when it changes. Full tiles are loaded
+unmasked, only the tail has a mask. Sums are float32, float64 where an input is.
 """
 
 from contextlib import nullcontext
@@ -267,8 +267,8 @@ def _gradient_kernel(
     s_inner, s_cap, s_factor = tl.full([], s_inner, ACC), tl.full([], s_cap, ACC), tl.full([], s_factor, ACC)
     t_inner, t_cap, t_factor = tl.full([], t_inner, ACC), tl.full([], t_cap, ACC), tl.full([], t_factor, ACC)
     slope = tl.full([], slope, ACC)
+    # fmt: off
     if start + BLOCK <= V:
-        # fmt: off
         _gradient_tile(
             s_row, t_row, out_row, offsets, token, V, value, entropy, frame, lse, teacher_frame, teacher_lse,
             gk, gy, gh, s_inner, s_cap, s_factor, t_inner, t_cap, t_factor, slope,
@@ -276,36 +276,11 @@ def _gradient_kernel(
         )
     else:
         _gradient_tile(
-            s_row,
-            t_row,
-            out_row,
-            offsets,
-            token,
-            V,
-            value,
-            entropy,
-            frame,
-            lse,
-            teacher_frame,
-            teacher_lse,
-            gk,
-            gy,
-            gh,
-            s_inner,
-            s_cap,
-            s_factor,
-            t_inner,
-            t_cap,
-            t_factor,
-            slope,
-            KIND,
-            ENTROPY,
-            S_CAPPED,
-            T_CAPPED,
-            True,
-            ACC,
+            s_row, t_row, out_row, offsets, token, V, value, entropy, frame, lse, teacher_frame, teacher_lse,
+            gk, gy, gh, s_inner, s_cap, s_factor, t_inner, t_cap, t_factor, slope,
+            KIND, ENTROPY, S_CAPPED, T_CAPPED, True, ACC,
         )
-        # fmt: on
+    # fmt: on
 
 
 INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)
@@ -348,7 +323,7 @@ def gradient(
     coefficients: Coefficients,
     out: Tensor,
 ) -> None:
-    """Writes the gradient in the raw student logits to `out` [N, V]; rows whose coefficients are 0 are not read. N > 0."""
+    """Writes the gradient in the raw student logits to `out` [N, V], N > 0; rows with coefficients 0 are not read."""
     nothing = stats.new_zeros(stats.shape[0])
     table = torch.stack([nothing if c is None else c.to(stats.dtype) for c in coefficients], 1)
     teacher = s if t is None or coefficients.value is None else t

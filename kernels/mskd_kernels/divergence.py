@@ -5,7 +5,6 @@ Use: `loss = reverse_kl(student_logits, teacher_logits, mask=mask, reduction="me
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mskd_kernels import _inputs, _rows
 from mskd_kernels._backend import resolve_backend
@@ -37,17 +36,22 @@ def reference_logprobs(
     s, t = student[..., :vocabulary].to(dtype), teacher[..., :vocabulary].to(dtype)
     if mask is not None:
         s, t = (x.masked_fill(~(mask != 0)[..., None], 0.0) for x in (s, t))
-    return (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    lq, lp = ((x / temperature).log_softmax(-1) for x in (s, t))
+    return lq.masked_fill(s == -torch.inf, -torch.inf), lp.masked_fill(t == -torch.inf, -torch.inf)
 
 
 def reference_values(lq: Tensor, lp: Tensor, kind: Kind) -> Tensor:
-    """Divergence of log-probabilities [..., V] -> [...]: 0 * log 0 is 0; an infinite value has a gradient of 0."""
+    """Divergence of log-probabilities [..., V] -> [...]: 0 * log 0 is 0; an infinite value has a gradient of 0.
+
+    Where the first distribution has no mass at all it is NaN.
+    """
     first, second = (lq, lp) if kind == "reverse_kl" else (lp, lq)
     infinite = ((second == -torch.inf) & (first > -torch.inf)).any(-1, keepdim=True)
     nothing = infinite | (first == -torch.inf)
     first, second = first.masked_fill(nothing, 0.0), second.masked_fill(nothing, 0.0)
     terms = (first.exp() * (first - second)).masked_fill(nothing, 0.0)
-    return terms.sum(-1).masked_fill(infinite[..., 0], torch.inf)
+    nowhere = (nothing & ~infinite).all(-1)
+    return terms.sum(-1).masked_fill(infinite[..., 0], torch.inf).masked_fill(nowhere, torch.nan)
 
 
 def reduce(values: Tensor, mask: Tensor | None, reduction: str, denominator: float | Tensor | None) -> Tensor:
@@ -149,8 +153,8 @@ class _TokenStatistics(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g_value: Tensor | None, g_logprob: Tensor | None, _: None, g_entropy: Tensor | None):
+        _rows.refuse_second_derivative()
         coefficients = Coefficients(g_value, g_logprob, g_entropy)
         if all(c is None for c in coefficients):
             return (None,) * 5

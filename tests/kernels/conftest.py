@@ -1,0 +1,56 @@
+"""Tests of the row op run on both backends: on the GPU where there is one, else on the CPU with Triton's interpreter.
+
+Uninitialised memory is filled with NaN, so that reading it is seen.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's own functions are defined: before anything imports it
+
+import warnings
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class CountedKernel:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request, monkeypatch, device):
+    """Both backends; a test with "triton" fails unless both kernels were launched, one with "torch" if any was."""
+    from mskd_kernels import _triton_rows
+
+    assert _triton_rows.INTERPRETED == (device.type == "cpu"), "TRITON_INTERPRET=1 came after the import of triton"
+    kernels = [CountedKernel(_triton_rows._statistics_kernel), CountedKernel(_triton_rows._gradient_kernel)]
+    monkeypatch.setattr(_triton_rows, "_statistics_kernel", kernels[0])
+    monkeypatch.setattr(_triton_rows, "_gradient_kernel", kernels[1])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")  # numpy's, of -inf - -inf
+        yield request.param
+    launched = [k.launches for k in kernels]
+    assert (min(launched) > 0) if request.param == "triton" else (max(launched) == 0), launched
