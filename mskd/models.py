@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mskd.config import ConfigError, Precision
 from mskd.hardware import Hardware
 from mskd.quantize import import_bitsandbytes, quantize_layers
-from mskd.sources import check_folder, content_hash, first_line, quiet, read_json, resolve_source
+from mskd.sources import check_folder, content_hash, disk_errors, first_line, quiet, read_json, resolve_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -338,7 +338,10 @@ def _no_dropout(model: PreTrainedModel) -> None:
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str | None = None
 ) -> None:
-    """Write an ordinary transformers folder: safetensors, config, generation config, tokenizer, README.md (`card`)."""
+    """Write an ordinary transformers folder: safetensors, config, generation config, tokenizer, README.md (`card`).
+
+    Raises OSError, with its errno, where the folder cannot be written.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     generation = model.generation_config
@@ -349,7 +352,7 @@ def save_model(
         generation.pad_token_id = tokenizer.pad_token_id
         if generation.temperature is not None or generation.top_p is not None or generation.top_k is not None:
             generation.do_sample = True  # or transformers refuses to write the sampling parameters
-    with quiet():
+    with quiet(), disk_errors(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if card is not None:

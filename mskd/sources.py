@@ -24,8 +24,12 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mskd.config import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONVERTER = 1  # format number of converted GGUF files in the cache
 TOKENIZER_FILES = (
@@ -182,17 +186,19 @@ def convert_gguf(path: Path, folder: Path, *, digits: bool = False) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"reading {path.name} needs the package gguf; pip install 'mskd[demo]' or pip install gguf")
     import torch
+    import transformers
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # versions without it dequantise unasked; with it, it must be said
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar would break our lines
         try:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            _set_special_tokens(tokenizer, path)
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),  # or save_pretrained refuses the model
+                path.parent, gguf_file=path.name, dtype=torch.float32, **options
             )
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {first_line(e)}") from None
@@ -204,8 +210,21 @@ def convert_gguf(path: Path, folder: Path, *, digits: bool = False) -> None:
                 [pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer]
             )
         model.config._name_or_path = ""
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with disk_errors(folder):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Special tokens as the GGUF file has them: transformers 5.10 takes the begin token for the end token."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
+    tokenizer.clean_up_tokenization_spaces = False
 
 
 # -- the hub --------------------------------------------------------------------------------------
@@ -216,13 +235,19 @@ def _hub(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 source,
                 revision=revision,
                 allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
-                ignore_patterns=["*/*", "*.bin.index.json"],
+                ignore_patterns=["*/*", "*.bin.index.json", "consolidated*"],
             )
+        )
+        if any(folder.glob("*.safetensors")):
+            return folder
+        why = (
+            "the hub has no safetensors of it, and pickles are never read; its discussions may hold a conversion "
+            "(revision = 'refs/pr/N'), or convert it yourself"
         )
     except hub.GatedRepoError:
         why = "it is gated; accept its licence on the hub and log in (hf auth login)"
@@ -286,6 +311,21 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, for our one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """OSError for what the writers of safetensors and tokenizers raise: errors with the errno in their text only."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        number = re.search(r"\bos error (\d+)\b|\bcode: (\d+)\b", str(e))
+        if number is None:
+            raise
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(folder)) from None
 
 
 @contextlib.contextmanager

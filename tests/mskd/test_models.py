@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import build_tokenizer
 from families import FAMILY_CONFIGS, PAD, SMALL, V, build
@@ -180,6 +184,38 @@ def test_student_has_the_gradients_of_the_plain_model(family, checkpointing, tmp
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4)
+
+
+def one_of_two(rank: int, folder: Path, port: int, out: Path) -> None:
+    """A process that trains on one half of the batch, with the denominator of the whole one."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    try:
+        torch.set_num_threads(1)
+        student = nn.parallel.DistributedDataParallel(Student(load_model(folder)))
+        prompts, responses = (PROMPTS[:1], RESPONSES[:1]) if rank == 0 else (PROMPTS[1:], RESPONSES[1:])
+        inputs = SequenceBatch.from_sequences(prompts, responses, PAD)
+        share = 2 * len(inputs.targets) / sum(map(len, RESPONSES))  # of all tokens; the wrapper averages over the two
+        loss, _ = student(inputs, cross_entropy(inputs))
+        (share * loss).backward()
+        save_file(grads(student.module.model), out / f"{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tiny_llama_folder, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    model = load_model(tiny_llama_folder)
+    loss, _ = Student(model)(batch(), cross_entropy(batch()))
+    loss.backward()
+    torch.multiprocessing.spawn(one_of_two, (tiny_llama_folder, port, tmp_path), nprocs=2)
+    expected = grads(model)
+    for rank in (0, 1):
+        got = load_file(tmp_path / f"{rank}.safetensors")
+        assert got.keys() == expected.keys()
+        for name, grad in expected.items():
+            torch.testing.assert_close(got[name], grad, atol=1e-6, rtol=1e-4)
 
 
 def test_the_end_token_trains_where_it_pads_too(tiny_llama_folder):
@@ -356,6 +392,18 @@ def test_sampling_parameters_and_further_end_tokens_survive_saving(tmp_path):
     save_model(model, build_tokenizer(), tmp_path)
     saved = load_model(tmp_path).generation_config
     assert (saved.do_sample, saved.temperature, saved.top_p, saved.eos_token_id) == (True, 0.6, 0.9, [2, 7])
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    model, tokenizer = build(FAMILY_CONFIGS["llama"]), build_tokenizer()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            save_model(model, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
 
 
 def test_content_hash_is_of_the_content(folder, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import resource
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -107,8 +108,9 @@ def is_the_tiny_model(folder: Path) -> None:
     assert (ours.eos_token, ours.pad_token, ours.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
     chat = [{"role": "user", "content": "Below is a task"}]
     assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
-    text = "<|im_start|>user\nBelow is an instruction<|im_end|>"
+    text = "<|im_start|>user\nBelow is an instruction that don't , well<|im_end|>"
     assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.decode(ours(text)["input_ids"]) == text
 
 
 def nothing_in(cache: Path) -> bool:
@@ -196,6 +198,17 @@ def test_a_cache_that_cannot_be_written(gguf_file, tmp_path, monkeypatch):
     assert "cannot write the model cache" in refused(str(gguf_file))
 
 
+def test_a_full_disk_leaves_nothing(gguf_file, cache):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        message = refused(str(gguf_file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot write the model cache" in message and "File too large; set MSKD_CACHE" in message
+    assert nothing_in(cache)
+
+
 def test_gguf_missing_is_named(gguf_file, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "gguf" else find(name, *a))
@@ -238,7 +251,7 @@ def test_the_hub_without_network(monkeypatch, tmp_path):
         assert message.startswith(f"cannot load '{source}': there is no such folder, and the hub cannot be reached")
 
 
-def test_what_is_taken_from_the_hub(monkeypatch, tiny_llama_folder):
+def test_what_is_taken_from_the_hub(monkeypatch, tiny_llama_folder, tmp_path):
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -252,6 +265,10 @@ def test_what_is_taken_from_the_hub(monkeypatch, tiny_llama_folder):
     assert resolve_source("some-body/some-model", revision="v1") == tiny_llama_folder
     assert (asked["repo_id"], asked["revision"]) == ("some-body/some-model", "v1")
     assert not any(re.search("bin|pt|pkl|msgpack|h5", pattern) for pattern in asked["allow_patterns"])
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    assert "the hub has no safetensors of it, and pickles are never read" in refused("some-body/some-model")
 
     for kind, words in (
         (errors.RepositoryNotFoundError, "no such model on the hub"),
