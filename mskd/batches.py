@@ -144,7 +144,7 @@ class OnPolicy:
         self.teacher_hidden = torch.cat(hidden)
         if rollout.teacher_logprobs is None:
             rollout = objective.score(rollout, self.teacher_hidden, self.teacher.head, phase, **loss_options(job))
-        self.advantages = objective.advantages(rollout, phase, reduce=lambda t: job.accelerator.reduce(t, "sum"))
+        self.advantages = objective.advantages(rollout, phase, reduce=lambda t: across(job, t))
         self.rollout, self.round = rollout, number
 
     def _micro(self, places: list[int]) -> Micro:
@@ -205,6 +205,11 @@ def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
 
 def loss_options(job: Job) -> dict[str, Any]:
     return {"backend": job.config.run.backend, "chunk_bytes": job.config.train.loss_chunk_mb * 2**20}
+
+
+def across(job: Job, values: torch.Tensor) -> torch.Tensor:
+    """The sum over processes, on the device that the values came from."""
+    return job.accelerator.reduce(values.to(job.accelerator.device), "sum").to(values.device)
 
 
 def chunks(items: Sequence, size: int) -> list[list]:
