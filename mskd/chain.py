@@ -100,8 +100,8 @@ def evaluate_model(
 class Stop:
     """Ctrl-C and SIGTERM ask for a stop; a second signal ends the process at once.
 
-    While `polled` (a hop trains) the loop asks, saves and leaves. Elsewhere there is nothing to save, and Interrupted is
-    raised on the spot.
+    While `polled` (a hop trains) the loop asks, saves and leaves. Elsewhere there is nothing to save, and Interrupted
+    is raised on the spot.
     """
 
     def __init__(self) -> None:

@@ -62,9 +62,9 @@ def quantize_layers(layers: nn.Module) -> None:
     """
     from transformers.pytorch_utils import Conv1D
 
-    for name, module in list(layers.named_modules()):
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
+    names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for name in names:  # names alone, so that each weight is freed when its layer is replaced
+        module = layers.get_submodule(name)
         weight = module.weight.detach()
         parent, _, child = name.rpartition(".")
         bias = None if module.bias is None else module.bias.detach()

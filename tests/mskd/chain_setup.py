@@ -38,8 +38,8 @@ def tree(model: Path, data: Path, **changes: Any) -> dict[str, Any]:
         "phases": [
             {"objective": "kd", "steps": 4, "batch_size": 4, "micro_batch_size": 2, "lr": 3e-3, "warmup_steps": 1,
              "keep": "best", "eval_every": 2},
-            {"objective": "minillm", "steps": 7, "rollouts": 4, "rollout_batch_size": 3, "batch_size": 2, "ppo_epochs": 2,
-             "max_new_tokens": 8, "lr": 1e-3, "warmup_steps": 0},
+            {"objective": "minillm", "steps": 7, "rollouts": 4, "rollout_batch_size": 3, "batch_size": 2,
+             "ppo_epochs": 2, "max_new_tokens": 8, "lr": 1e-3, "warmup_steps": 0},
         ],
         "evaluation": {"protocol": "quick", "max_new_tokens": 8, "batch_size": 4},
         "run": {"device": "cpu"},

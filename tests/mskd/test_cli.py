@@ -11,7 +11,8 @@ from mskd.config import parse, to_toml
 
 SMALL = [
     "--set", "phases.kd.epochs=0.5", "--set", "phases.kd.batch_size=4", "--set", "phases.minillm.rollouts=4",
-    "--set", "phases.minillm.batch_size=4", "--set", "phases.minillm.steps=2", "--set", "phases.minillm.max_new_tokens=4",
+    "--set", "phases.minillm.batch_size=4", "--set", "phases.minillm.steps=2",
+    "--set", "phases.minillm.max_new_tokens=4",
     "--set", "evaluation.max_new_tokens=4", "--set", "run.device=cpu",
 ]  # fmt: skip
 
@@ -89,8 +90,8 @@ def test_doctor_says_what_and_why(run):
         (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "EMPTY"], "empty"),
         (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "BROKEN"], "broken.jsonl"),
         (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "COLUMNS"], "column"),
-        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "ROWS", "--set", "run.trackers=['x']"],
-         "no tracker"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "ROWS",
+          "--set", "run.trackers=['x']"], "no tracker"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_one_line_and_exit_code_2(run, rows, tiny_llama_folder, tmp_path, arguments, says):
