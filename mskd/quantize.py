@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def quantize_layers(layers: nn.Module) -> None:
 
     names = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     for name in names:  # names alone, so that each weight is freed when its layer is replaced
-        module = layers.get_submodule(name)
+        module: Any = layers.get_submodule(name)
         weight = module.weight.detach()
         parent, _, child = name.rpartition(".")
         bias = None if module.bias is None else module.bias.detach()

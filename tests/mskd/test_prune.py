@@ -119,6 +119,15 @@ def test_a_cut_model_is_an_ordinary_model(family, keep, tmp_path):
     assert torch.equal(small.generate(IDS, use_cache=True, **options), again.generate(IDS, use_cache=False, **options))
 
 
+def test_sliding_windows_stay_with_their_layers():
+    model = build(FAMILY_CONFIGS["qwen2-sliding"])
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    for keep, first in (([0, 2], 1), ([1, 2], 0)):
+        config = cut(model, keep).config
+        assert config.layer_types == [model.config.layer_types[i] for i in keep]
+        assert config.max_window_layers == first  # from it transformers would derive the same
+
+
 def test_tied_weights_stay_tied():
     small = cut(build_llama(build_tokenizer()), [0, 3])
     assert small.lm_head.weight is small.model.embed_tokens.weight

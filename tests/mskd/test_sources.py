@@ -141,6 +141,13 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, tmp_path, monkeypatch):
     assert resolve_source(str(moved)) == folder
 
 
+def test_special_tokens_are_those_of_the_file(gguf_file):
+    wrong = build_tokenizer()
+    wrong.eos_token = wrong.pad_token = wrong.bos_token = "<|endoftext|>"
+    sources._set_special_tokens(wrong, gguf_file)
+    assert (wrong.eos_token, wrong.pad_token, wrong.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
+
+
 def test_a_known_name_comes_from_its_package_once(package, cache):
     folder = resolve_source("tiny")
     is_the_tiny_model(folder)
