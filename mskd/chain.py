@@ -410,8 +410,10 @@ class Chain:
 def make_accelerator(hardware: Hardware) -> Any:
     """The accelerator of this process: CPU or CUDA, mixed precision, a loss scale that starts at 2^11 in fp16."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import GradScalerKwargs
 
+    AcceleratorState._reset_state()  # or a second run in one process could not have another precision
     return Accelerator(
         cpu=hardware.device.type == "cpu",
         mixed_precision=hardware.mixed_precision,

@@ -174,6 +174,7 @@ def run_phase(job: Job, prepared: Any, progress: Progress, saved: checkpoint.Sta
         raise
     if best:
         load_weights(job.student, best)
+    acc.free_memory()  # forgets the phase's optimizer, whose gradients would be unscaled again with the next one's
     finish_phase(job, phase, progress, saver)
 
 

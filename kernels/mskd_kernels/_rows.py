@@ -88,8 +88,9 @@ def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, li
 
         _triton_rows.statistics(op, s, t, tokens, live, out)
         return out
-    for rows in _blocks(s, live):
-        _block_statistics(op, s, t, tokens, live, rows, out)
+    work = _workspace(s, out.dtype)
+    for rows, count in _blocks(s, live):
+        out[rows] = _block_statistics(op, s, t, tokens, live, rows, work[:, :count])
     return out
 
 
@@ -121,64 +122,60 @@ def gradient(
         return
     if live is not None and s.device.type == "cpu":
         out[~live] = 0
-    for rows in _blocks(s, live):
-        out[rows] = _block_gradient(op, s, t, tokens, live, rows, stats, coefficients, dead).to(out.dtype)
+    work = _workspace(s, stats.dtype)
+    for rows, count in _blocks(s, live):
+        out[rows] = _block_gradient(op, s, t, tokens, live, rows, stats, coefficients, dead, work[:, :count]).to(
+            out.dtype
+        )
 
 
 # The torch path -------------------------------------------------------------------------------------------------------
 
 
-def _blocks(s: Tensor, live: Tensor | None) -> Iterator[slice | Tensor]:
-    """Row blocks: slices, or on the CPU the indices of live rows (on a GPU counting them would synchronise)."""
-    on_cpu = s.device.type == "cpu"
-    rows = max(1, (_CPU_BLOCK if on_cpu else _GPU_BLOCK) // s.shape[1])
-    if live is not None and on_cpu:
-        yield from live.nonzero().squeeze(1).split(rows)
+def _block_rows(s: Tensor) -> int:
+    return max(1, (_CPU_BLOCK if s.device.type == "cpu" else _GPU_BLOCK) // s.shape[1])
+
+
+def _blocks(s: Tensor, live: Tensor | None) -> Iterator[tuple[slice | Tensor, int]]:
+    """Row blocks and their sizes: slices, or on the CPU indices of live rows (on a GPU counting them synchronises)."""
+    size = _block_rows(s)
+    if live is not None and s.device.type == "cpu":
+        yield from ((rows, len(rows)) for rows in live.nonzero().squeeze(1).split(size) if len(rows))
     else:
-        yield from (slice(i, i + rows) for i in range(0, s.shape[0], rows))
+        yield from ((slice(i, i + size), min(size, s.shape[0] - i)) for i in range(0, s.shape[0], size))
 
 
-def _own_block(z: Tensor, rows: slice | Tensor, live: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A copy of some rows that may be written to; rows that are not live are zeros."""
-    if isinstance(rows, Tensor):
-        return z[rows].to(dtype)
-    block = z[rows].to(dtype, copy=True)
-    return block if live is None else block.masked_fill_(~live[rows, None], 0.0)
+def _workspace(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Four buffers [rows, V], used again by every block: fresh memory costs as much as the arithmetic."""
+    return torch.empty(4, min(_block_rows(s), s.shape[0]), s.shape[1], dtype=dtype, device=s.device)
 
 
-def _cap(x: Tensor, side: Side) -> Tensor:
+def _load(z: Tensor, rows: slice | Tensor, live: Tensor | None, buffer: Tensor, side: Side) -> Tensor:
+    """Soft-capped logits of some rows, in the buffer; those of rows that are not live are of zeros."""
+    x = buffer.copy_(z[rows])
+    if live is not None and isinstance(rows, slice):
+        x.masked_fill_(~live[rows, None], 0.0)
     return x if side.softcap is None else x.mul_(side.scale / side.softcap).tanh_().mul_(side.softcap)
 
 
 def _enter_frame(x: Tensor, frame: Tensor, side: Side, temperature: float) -> Tensor:
-    factor = _factor(side, temperature)
+    factor = (1.0 if side.softcap is not None else side.scale) / temperature  # a soft-cap has the scale inside
     x.sub_(frame)
     return x if factor == 1.0 else x.mul_(factor)
 
 
-def _factor(side: Side, temperature: float) -> float:
-    """d (framed logit) / d (capped logit). The scale is inside the soft-cap where there is one."""
-    return (1.0 if side.softcap is not None else side.scale) / temperature
-
-
-def _framed(x: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Raw logits (overwritten) -> framed logits, e^framed, its sum [n, 1], the frame [n, 1]: the row's maximum."""
-    x = _cap(x, side)
+def _framed(x: Tensor, e: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor]:
+    """Capped logits x -> framed logits in x, their exp in e; returns the sum of e and the frame (row maximum), [n, 1]."""
     frame = x.amax(1, keepdim=True)
     frame = frame.masked_fill_(frame == -torch.inf, 0.0)  # a row of -inf: -inf - -inf is NaN
-    x = _enter_frame(x, frame, side, temperature)
-    e = x.exp()
-    return x, e, e.sum(1, keepdim=True), frame
+    torch.exp(_enter_frame(x, frame, side, temperature), out=e)
+    return e.sum(1, keepdim=True), frame
 
 
 def _gather(x: Tensor, tokens: Tensor) -> Tensor:
     """x[i, tokens[i]]; NaN where the token is outside (on a GPU nobody has looked)."""
     inside = (tokens >= 0) & (tokens < x.shape[1])
     return x.gather(1, tokens.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1).masked_fill(~inside, torch.nan)
-
-
-def _dot(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    return torch.mul(a, b, out=out).sum(1)
 
 
 def _block_statistics(
@@ -188,21 +185,22 @@ def _block_statistics(
     tokens: Tensor | None,
     live: Tensor | None,
     rows: slice | Tensor,
-    out: Tensor,
-) -> None:
-    stats = torch.zeros_like(out[rows])
+    work: Tensor,
+) -> Tensor:
+    x, e, u, w = work
+    stats = work.new_zeros(x.shape[0], 8)
     token = None if tokens is None else tokens[rows]
-    x, e, d, frame = _framed(_own_block(s, rows, live, out.dtype), op.student, op.temperature)
+    d, frame = _framed(_load(s, rows, live, x, op.student), e, op.student, op.temperature)
     stats[:, FRAME], stats[:, LSE] = frame[:, 0], d[:, 0].log()
     if token is not None:
         stats[:, LOGPROB] = _gather(x, token) - stats[:, LSE]
     if op.entropy:
-        mean = _dot(e, x)
-        if _suspect(mean):
-            mean = _dot(e, x.masked_fill(x == -torch.inf, 0.0))
+        mean = torch.mul(e, x, out=u).sum(1)
+        if _suspect(mean):  # 0 * -inf
+            mean = torch.mul(e, x.masked_fill(x == -torch.inf, 0.0), out=u).sum(1)
         stats[:, ENTROPY] = stats[:, LSE] - mean / d[:, 0]
     if t is not None:
-        u, w, dt, frame = _framed(_own_block(t, rows, live, out.dtype), op.teacher, op.temperature)
+        dt, frame = _framed(_load(t, rows, live, u, op.teacher), w, op.teacher, op.temperature)
         stats[:, TEACHER_FRAME], stats[:, TEACHER_LSE] = frame[:, 0], dt[:, 0].log()
         if token is not None:
             stats[:, TEACHER_LOGPROB] = _gather(u, token) - stats[:, TEACHER_LSE]
@@ -212,18 +210,17 @@ def _block_statistics(
         else:
             expected, shift = _expected_difference(w, dt, u, x, work=e), -shift
         stats[:, VALUE] = (expected - shift).masked_fill(expected == torch.inf, torch.inf)
-    if live is not None:
-        stats.masked_fill_(~live[rows, None], 0.0)
-    out[rows] = stats
+    return stats if live is None else stats.masked_fill_(~live[rows, None], 0.0)
 
 
 def _expected_difference(e: Tensor, d: Tensor, a: Tensor, b: Tensor, work: Tensor) -> Tensor:
     """sum_v e/d (a - b), e = exp(a). a = -inf counts 0, b = -inf alone gives +inf. Overwrites b and work."""
     difference = torch.sub(a, b, out=b)
-    total = _dot(e, difference, out=work)
+    total = torch.mul(e, difference, out=work).sum(1)
     if _suspect(total):
-        total = _dot(e, difference.masked_fill((a == -torch.inf) | (difference == torch.inf), 0.0), out=work)
-        total = total.masked_fill((difference == torch.inf).any(1), torch.inf)
+        infinite = difference == torch.inf
+        total = torch.mul(e, difference.masked_fill_(infinite | (a == -torch.inf), 0.0), out=work).sum(1)
+        total = total.masked_fill(infinite.any(1), torch.inf)
     return total / d[:, 0]
 
 
@@ -242,20 +239,23 @@ def _block_gradient(
     stats: Tensor,
     coefficients: Coefficients,
     dead: Tensor,
+    work: Tensor,
 ) -> Tensor:
     stats, dead = stats[rows, :, None], dead[rows, None]
     gk, gy, gh = (None if c is None else c[rows, None] for c in coefficients)
-    x = _cap(_own_block(s, rows, live, stats.dtype), op.student)
-    slope = None if op.student.softcap is None else (x / op.student.softcap).square_().neg_().add_(1)
+    x, q, u, slope = work
+    x = _load(s, rows, live, x, op.student)
+    if op.student.softcap is not None:
+        torch.div(x, op.student.softcap, out=slope).square_().neg_().add_(1)
     x = _enter_frame(x, stats[:, FRAME], op.student, op.temperature).sub_(stats[:, LSE])  # log q
-    q = x.exp()
+    torch.exp(x, out=q)
     factor = torch.zeros_like(stats[:, VALUE])  # of q: everything that does not depend on v
     if gy is not None:
         factor = factor - gy
     if gh is not None:
         factor = factor - gh * stats[:, ENTROPY]
     if gk is not None and t is not None:
-        u = _cap(_own_block(t, rows, live, stats.dtype), op.teacher)
+        u = _load(t, rows, live, u, op.teacher)
         u = _enter_frame(u, stats[:, TEACHER_FRAME], op.teacher, op.temperature).sub_(stats[:, TEACHER_LSE])  # log p
         if op.kind == "reverse_kl":
             grad = torch.sub(x, u, out=u).sub_(stats[:, VALUE]).mul_(gk).add_(factor)
@@ -269,7 +269,7 @@ def _block_gradient(
         grad.masked_fill_(x == -torch.inf, 0.0).masked_fill_(dead, 0.0)
     if gy is not None and tokens is not None:
         grad.scatter_add_(1, tokens[rows, None].clamp(0, grad.shape[1] - 1), gy)
-    if slope is not None:
+    if op.student.softcap is not None:
         grad.mul_(slope)
     factor_z = 1.0 / op.temperature * op.student.scale
     return grad if factor_z == 1.0 else grad.mul_(factor_z)
