@@ -165,7 +165,7 @@ def _enter_frame(x: Tensor, frame: Tensor, side: Side, temperature: float) -> Te
 
 
 def _framed(x: Tensor, e: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor]:
-    """Capped logits x -> framed logits in x, their exp in e; returns the sum of e and the frame (row maximum), [n, 1]."""
+    """Capped logits x -> framed logits in x, their exp in e; returns sum of e and frame (row maximum), both [n, 1]."""
     frame = x.amax(1, keepdim=True)
     frame = frame.masked_fill_(frame == -torch.inf, 0.0)  # a row of -inf: -inf - -inf is NaN
     torch.exp(_enter_frame(x, frame, side, temperature), out=e)

@@ -73,9 +73,16 @@ def rows(arch: int, everything: bool):
     small = "fp16" if arch < 80 else "bf16"
     dtypes = [d for d in DTYPES if d != "bf16" or arch >= 80] if everything else [small, "fp32"]
     for dtype, kind, capped in itertools.product(dtypes, (0, 1, 2) if everything else (1, 2), (False, True)):
-        shared = {"KIND": kind, "ENTROPY": True, "HAS_TOKENS": True, "S_CAPPED": capped, "T_CAPPED": capped}
-        yield compiled(_triton_rows._statistics_kernel, arch, dtype, {**shared, "HAS_LIVE": True})
-        yield compiled(_triton_rows._gradient_kernel, arch, dtype, shared)
+        yield from variant(arch, dtype, kind, capped, full=True)
+        if everything:
+            yield from variant(arch, dtype, kind, capped, full=False)
+    yield from variant(arch, small, 0, False, full=False)
+
+
+def variant(arch: int, dtype: str, kind: int, capped: bool, full: bool):
+    shared = {"KIND": kind, "ENTROPY": full, "HAS_TOKENS": full, "S_CAPPED": capped, "T_CAPPED": capped}
+    yield compiled(_triton_rows._statistics_kernel, arch, dtype, {**shared, "HAS_LIVE": full})
+    yield compiled(_triton_rows._gradient_kernel, arch, dtype, shared)
 
 
 if __name__ == "__main__":

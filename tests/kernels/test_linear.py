@@ -237,7 +237,7 @@ def test_no_tensor_of_tokens_by_vocabulary_and_only_valid_tokens_in_gemms(device
     with Watch() as watch:
         value = linear_divergence(*args, mask=~bad, reduction=reduction, chunk_bytes=25 * v * 8)
         gradient = gradients(value.sum(), leaves[:2])
-    assert watch.largest <= 25 * v
+    assert watch.largest <= 4 * 25 * v < n * v / 2  # the four work buffers of a chunk's rows
     forward_rows = [r for r in watch.rows if r <= 25]
     assert sum(forward_rows) == {"mean": 2, "none": 4}[reduction] * n // 2
     assert all(g.isfinite().all() for g in gradient) and (gradient[0][bad.to(device)] == 0).all()
