@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -107,6 +108,21 @@ def remove_leftovers(folder: Path) -> None:
             item.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """OSError for what the writers of safetensors and tokenizers raise: errors with the errno in their text only."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as e:
+        number = re.search(r"\bos error (\d+)\b|\bcode: (\d+)\b", str(e))
+        if number is None:
+            raise
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(folder)) from None
+
+
 # -- locks ----------------------------------------------------------------------------------------
 
 
@@ -180,7 +196,8 @@ def save_state(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, torc
     folder.mkdir(parents=True, exist_ok=True)
     tmp = folder / f"{_TMP}{os.getpid()}"
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, metadata={"mskd": json.dumps(meta)})
+        with disk_errors(folder):
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"mskd": json.dumps(meta)})
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         old = sorted(folder.glob("*.safetensors"))

@@ -22,10 +22,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mskd.checkpoint import disk_errors
 from mskd.config import ConfigError, Precision
 from mskd.hardware import Hardware
 from mskd.quantize import import_bitsandbytes, quantize_layers
-from mskd.sources import check_folder, content_hash, disk_errors, first_line, quiet, read_json, resolve_source
+from mskd.sources import check_folder, content_hash, first_line, quiet, read_json, resolve_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mskd.checkpoint import disk_errors
 from mskd.config import ConfigError
 
 if TYPE_CHECKING:
@@ -311,21 +312,6 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, for our one-line messages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """OSError for what the writers of safetensors and tokenizers raise: errors with the errno in their text only."""
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as e:
-        number = re.search(r"\bos error (\d+)\b|\bcode: (\d+)\b", str(e))
-        if number is None:
-            raise
-        code = int(number[1] or number[2])
-        raise OSError(code, os.strerror(code), str(folder)) from None
 
 
 @contextlib.contextmanager
