@@ -150,7 +150,7 @@ class Chain:
         self.main = self.accelerator.is_main_process
         self.echo = echo if self.main else lambda line: None
         with self.accelerator.main_process_first():  # the first one fills the caches
-            self.graph = Graph(config, out, self.hardware)
+            self.graph = Graph(config, out, self.hardware, self.echo)
         self.nodes, self.tokenizer, self.data = self.graph.nodes, self.graph.tokenizer, self.graph.data
         self._loaded: dict[str, Teacher] = {}
 

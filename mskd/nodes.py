@@ -6,6 +6,7 @@ before anything is trained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Graph:
     Raises ConfigError for what the user can mend.
     """
 
-    def __init__(self, config: Config, out: Path, hardware: Hardware) -> None:
+    def __init__(self, config: Config, out: Path, hardware: Hardware, echo: Callable[[str], None] = print) -> None:
         self.config, self.out, self.hardware = config, out, hardware
         used = self._used()
         for path in config.chain.paths:
@@ -66,6 +67,7 @@ class Graph:
         for name in used:
             source = config.models[name].source
             if source is not None:
+                echo(f"{name}: {source} (fetched and converted on the first use)")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.sizes = self._sizes(used)
         self.tokenizer = self._tokenizer()
