@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
-from mskd.config import ConfigError, KdPhase, MinillmPhase, SftPhase
+from mskd.config import KdPhase, MinillmPhase, SftPhase
 from mskd.data import Example, SequenceBatch, end_token_id, order
 from mskd.models import copy_as
 from mskd.rollout import Rollout, sample
@@ -55,12 +55,6 @@ class OnPolicy:
     shown = "reverse_kl"  # the statistic of the progress line
 
     def __init__(self, job: Job, phase: MinillmPhase, seed: int) -> None:
-        world = job.accelerator.num_processes
-        if phase.rollouts % phase.batch_size or phase.batch_size % world:
-            raise ConfigError(
-                f"rollouts ({phase.rollouts}) must be a multiple of batch_size ({phase.batch_size}), "
-                f"and batch_size of the number of processes ({world})"
-            )
         assert job.teacher is not None
         self.job, self.phase, self.seed, self.teacher = job, phase, seed, job.teacher
         self.batches = phase.rollouts // phase.batch_size
@@ -224,11 +218,8 @@ def stream(items: Sequence, batch: int, size: int, seed: int) -> list:
 
 
 def deal(batch: list, accelerator: Accelerator) -> list:
-    """This process's share of a batch. Raises ConfigError where some process would have none."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if len(batch) < world:
-        raise ConfigError(f"batch_size is {len(batch)}, less than the {world} processes; give each a sequence")
-    return batch[rank::world]
+    """This process's share of a batch."""
+    return batch[accelerator.process_index :: accelerator.num_processes]
 
 
 def supervised(job: Job, phase: SftPhase | KdPhase, examples: Sequence[Example]) -> list[Micro]:

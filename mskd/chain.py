@@ -23,7 +23,7 @@ from typing import Any
 
 from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
-from mskd.config import Config, ConfigError, EvaluateConfig, ModelConfig, RunConfig, load, parse, to_toml
+from mskd.config import Config, ConfigError, EvaluateConfig, MinillmPhase, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.data import SequenceBatch, end_token_id, load_data
 from mskd.hardware import Hardware, detect
 from mskd.models import Teacher
@@ -151,8 +151,20 @@ class Chain:
         self.echo = echo if self.main else lambda line: None
         with self.accelerator.main_process_first():  # the first one fills the caches
             self.graph = Graph(config, out, self.hardware, self.echo)
+        self._check_processes()
         self.nodes, self.tokenizer, self.data = self.graph.nodes, self.graph.tokenizer, self.graph.data
         self._loaded: dict[str, Teacher] = {}
+
+    def _check_processes(self) -> None:
+        """Every process needs a sequence of each optimizer batch, and of a rollout's batch the same share."""
+        world = self.accelerator.num_processes
+        for phase in (p for node in self.graph.nodes.values() for p in node.phases):
+            even = phase.batch_size % world == 0
+            if phase.batch_size < world or (isinstance(phase, MinillmPhase) and not even):
+                raise ConfigError(
+                    f"batch_size of the {phase.objective} phase is {phase.batch_size}; "
+                    f"with {world} processes it must be a multiple of {world}"
+                )
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -360,8 +372,6 @@ class Chain:
         """ROUGE-L or reverse KL of a model on the validation items: what keep_by of a minillm phase asks for."""
 
         def validate(model: Any, metric: str) -> float:
-            if not self.data.validation:
-                raise ConfigError("eval_every needs validation items; set data.validation to their number")
             judge = {teacher.name: self._teacher(teacher)} if metric == "reverse_kl" else {}
             figures = self._run_evaluation(model, self.data.validation, node.directory / "validation.jsonl", judge)
             figure = figures["reverse_kl"][teacher.name] if judge else figures["rouge_l"]

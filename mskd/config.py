@@ -129,6 +129,12 @@ class MinillmPhase(PhaseBase):
             return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
         return given
 
+    @model_validator(mode="after")
+    def _whole_batches(self) -> MinillmPhase:
+        if self.rollouts % self.batch_size:
+            raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of batch_size ({self.batch_size})")
+        return self
+
 
 Phase = Annotated[Union[SftPhase, KdPhase, MinillmPhase], Field(discriminator="objective")]
 
@@ -286,6 +292,10 @@ class Config(Frozen):
                 raise ValueError(f"hop.{key!r} overrides a hop that is on no path{_nearest(key, names)}")
             a, b = key.split(">")
             self.hop_phases(a, b)  # checks the overrides
+        every = [p for a, b in hops for p in self.hop_phases(a, b)]
+        every += [p for model in self.models.values() for p in model.prepare]
+        if any(p.eval_every for p in every) and not self.data.validation:
+            raise ValueError("eval_every needs validation items; set data.validation to their number")
         return self
 
     def hop_phases(self, teacher: str, student: str) -> tuple[Phase, ...]:

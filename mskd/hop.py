@@ -237,8 +237,6 @@ def remember_best(
 @torch.no_grad()
 def validation_loss(job: Job, prepared: Any, phase: SftPhase | KdPhase) -> float:
     """The phase's loss per response token of the validation split; every process computes all of it."""
-    if not job.data.validation:
-        raise ConfigError("eval_every needs validation items; set data.validation to their number")
     total, tokens = 0.0, 0
     student = job.accelerator.unwrap_model(prepared)
     for inputs, loss in supervised(job, phase, job.data.validation):
@@ -288,7 +286,7 @@ class Saver:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         scaler = self.job.accelerator.scaler
         meta = {
-            "format": checkpoint.FORMAT,
+            "processes": self.job.accelerator.num_processes,
             "progress": {f.name: getattr(self.progress, f.name) for f in fields(self.progress)},
             "optimizer": plain,
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -304,6 +302,11 @@ def resume(job: Job) -> tuple[Progress, checkpoint.State | None]:
     saved = checkpoint.load_state(job.directory / "state")
     if saved is None:
         return Progress(), None
+    if saved.meta["processes"] != job.accelerator.num_processes:
+        raise ConfigError(
+            f"{job.directory} was begun by {saved.meta['processes']} processes, these are "
+            f"{job.accelerator.num_processes}; go on with as many, or remove that folder"
+        )
     load_weights(job.student, part(saved, "weights."))
     return Progress(**saved.meta["progress"]), saved
 

@@ -22,7 +22,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "draw": (set(), {"torch"}),
     "statistics": ({"config"}, {"numpy"}),
     "quantize": ({"config"}, {"torch", "transformers", "bitsandbytes"}),
-    "sources": ({"config", "checkpoint"}, {"torch", "transformers", "tokenizers", "huggingface_hub", "gguf", "safetensors"}),
+    "sources": (
+        {"config", "checkpoint"},
+        {"torch", "transformers", "tokenizers", "huggingface_hub", "gguf", "safetensors"},
+    ),
     "rows": ({"config"}, {"datasets"}),
     "data": (LEAVES | {"rows"}, {"torch", "transformers"}),
     "models": (LEAVES | {"data", "quantize", "sources"}, {"torch", "transformers", "safetensors"}),

@@ -100,7 +100,10 @@ def test_what_determines_a_node_is_in_its_hash(tiny_llama_folder, data, tmp_path
     changed = {**base, **{k: ({**base[k], **v} if k == "data" else v) for k, v in change.items()}}
     if "models" in change:
         changed["models"]["teacher"]["source"] = str(tiny_llama_folder)
-    hashes = [Graph(parse(t), tmp_path, detect("cpu"), lambda line: None).nodes["teacher>student"].hash for t in (base, base, changed)]
+    hashes = [
+        Graph(parse(t), tmp_path, detect("cpu"), lambda line: None).nodes["teacher>student"].hash
+        for t in (base, base, changed)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 

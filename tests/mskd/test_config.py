@@ -74,6 +74,8 @@ def test_a_hop_may_have_phases_of_its_own():
         ("phases.sft.lr=1", "allowed: 0, 1, kd, lmops"),
         ("phases.0.lr=-1", "greater than 0"),
         ("phases.0.keep=best", "needs eval_every"),
+        ("phases.0.eval_every=2", "eval_every needs validation items"),
+        ("phases.lmops.rollouts=65", "rollouts (65) must be a multiple of batch_size (64)"),
         ("run.device=tpu", "'auto', 'cpu' or 'cuda'"),
         ("chain.paths=[['teacher','tb']]", "names 'tb', which is no model; did you mean 'ta'?"),
         ("chain.paths=[['teacher']]", "at least a teacher and a student"),
