@@ -67,7 +67,8 @@ class Graph:
         for name in used:
             source = config.models[name].source
             if source is not None:
-                echo(f"{name}: {source} (fetched and converted on the first use)")
+                if not Path(source).is_dir():
+                    echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.sizes = self._sizes(used)
         self.tokenizer = self._tokenizer()

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import build_llama, build_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
+from tiny import build_llama, build_tokenizer
 
 from mskd.checkpoint import stream_seed
 from mskd.config import ConfigError, EvalConfig

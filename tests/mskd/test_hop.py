@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import build_llama, build_tokenizer
+from tiny import build_llama, build_tokenizer
 
 from mskd import batches, objective
 from mskd.config import KdPhase, MinillmPhase, SftPhase, TrainConfig

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import build_tokenizer
 from families import FAMILY_CONFIGS, PAD, SMALL, V, build
 from safetensors.torch import load_file, save_file
+from tiny import build_tokenizer
 from tokenizers import normalizers
 from torch import nn
 from transformers import Gemma2Config, GPTNeoXConfig, PreTrainedModel

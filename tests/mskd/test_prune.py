@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import build_llama, build_tokenizer
 from families import FAMILY_CONFIGS, build
+from tiny import build_llama, build_tokenizer
 from transformers import GPT2Config, PreTrainedModel
 
 from mskd.config import ConfigError

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_llama, build_tokenizer
+from tiny import build_llama, build_tokenizer
 
 from mskd import sources
 from mskd.config import ConfigError
