@@ -6,14 +6,12 @@ import errno
 import json
 import resource
 import shutil
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from families import FAMILY_CONFIGS, PAD, SMALL, V, build
 from safetensors.torch import load_file, save_file
@@ -184,38 +182,6 @@ def test_student_has_the_gradients_of_the_plain_model(family, checkpointing, tmp
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, atol=1e-6, rtol=1e-4)
-
-
-def one_of_two(rank: int, folder: Path, port: int, out: Path) -> None:
-    """A process that trains on one half of the batch, with the denominator of the whole one."""
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
-        student = nn.parallel.DistributedDataParallel(Student(load_model(folder)))
-        prompts, responses = (PROMPTS[:1], RESPONSES[:1]) if rank == 0 else (PROMPTS[1:], RESPONSES[1:])
-        inputs = SequenceBatch.from_sequences(prompts, responses, PAD)
-        share = 2 * len(inputs.targets) / sum(map(len, RESPONSES))  # of all tokens; the wrapper averages over the two
-        loss, _ = student(inputs, cross_entropy(inputs))
-        (share * loss).backward()
-        save_file(grads(student.module.model), out / f"{rank}.safetensors")
-    finally:
-        dist.destroy_process_group()
-
-
-def test_two_processes_have_the_gradients_of_one(tiny_llama_folder, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    model = load_model(tiny_llama_folder)
-    loss, _ = Student(model)(batch(), cross_entropy(batch()))
-    loss.backward()
-    torch.multiprocessing.spawn(one_of_two, (tiny_llama_folder, port, tmp_path), nprocs=2)
-    expected = grads(model)
-    for rank in (0, 1):
-        got = load_file(tmp_path / f"{rank}.safetensors")
-        assert got.keys() == expected.keys()
-        for name, grad in expected.items():
-            torch.testing.assert_close(got[name], grad, atol=1e-6, rtol=1e-4)
 
 
 def test_the_end_token_trains_where_it_pads_too(tiny_llama_folder):
