@@ -24,7 +24,7 @@ from typing import Any
 from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
 from mskd.config import Config, ConfigError, EvaluateConfig, MinillmPhase, ModelConfig, RunConfig, load, parse, to_toml
-from mskd.data import SequenceBatch, end_token_id, load_data
+from mskd.data import SequenceBatch, end_token_id, load_data, load_items
 from mskd.hardware import Hardware, detect
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
@@ -70,7 +70,7 @@ def evaluate_model(
     out: str | Path = "out",
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluate one model on the test split of `settings.data`; returns the figures and the file of lines.
+    """Evaluate one model on all of `settings.data`, or where data.test is set on that test split; returns the figures.
 
     model, teacher: hub id, folder, GGUF file or known name. Raises ConfigError for anything the user can mend.
     """
@@ -78,7 +78,11 @@ def evaluate_model(
     _writable(Path(out))
     folder = models.resolve_source(model)
     tokenizer = models.load_tokenizer(folder)
-    data = load_data(settings.data, tokenizer, seed=settings.seed, need_responses=False)
+    if settings.data.test is None:
+        items, fingerprint = load_items(settings.data, tokenizer)
+    else:
+        data = load_data(settings.data, tokenizer, seed=settings.seed, need_responses=False)
+        items, fingerprint = data.test, data.fingerprint
     judges, hashes = {}, {}
     if teacher is not None:
         above = models.resolve_source(teacher)
@@ -87,13 +91,11 @@ def evaluate_model(
         judges[name] = models.load_teacher(above, settings.precision, hardware)
         hashes[name] = checkpoint.digest([models.content_hash(above), settings.precision])
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
-    file = evaluate.file_name(Path(settings.data.source).stem, data.fingerprint, settings.evaluation, hashes)
+    file = evaluate.file_name(Path(settings.data.source).stem, fingerprint, settings.evaluation, hashes)
     path = Path(out) / "evals" / checkpoint.weights_digest(folder)[:16] / file
-    echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(data.test)} test items on {hardware.name}")
+    echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(items)} items on {hardware.name}")
     eos = end_token_id(tokenizer, settings.data.template)
-    figures = evaluate.evaluate(
-        loaded, tokenizer, data.test, settings.evaluation, out=path, teachers=judges, eos_id=eos
-    )
+    figures = evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
     return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
 
 

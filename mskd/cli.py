@@ -68,7 +68,7 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or known name.")],
-    data: Annotated[str, typer.Option(help="Instruction data; its test split is used.")] = "demo",
+    data: Annotated[str, typer.Option(help="Instruction data: all its rows, or set data.test for a split.")] = "demo",
     teacher: Annotated[str | None, typer.Option(help="Also agreement with, and reverse KL to, this model.")] = None,
     set: Set = [],  # noqa: A002, B006
     out: Out = Path("out"),

@@ -151,6 +151,15 @@ def load_data(
     return Splits(tuple(train), tuple(validation), tuple(test), _fingerprint(config, (train, validation, test)))
 
 
+def load_items(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Example, ...], str]:
+    """Every usable row of a source as a test item (of the demo its test rows, of a hub id its split "test").
+
+    Returns the items and their fingerprint. Raises ConfigError.
+    """
+    items = tuple(_load(config.source, "data.test", config, tokenizer, False))
+    return items, _fingerprint(config, (items,))
+
+
 def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[tuple[int, ...], ...]:
     """Plain text in blocks of max_tokens ids, an end token after each document; the last block may be shorter.
 

@@ -46,7 +46,7 @@ def test_plain_flags_on_a_local_file(run, rows, tiny_llama_folder, tmp_path):
     code, out, _ = run("evaluate", shown.split(": ")[1], "--data", rows, "--out", tmp_path / "out", *SMALL[-4:])
     figures = json.loads(out[-1])
     assert code == 0 and figures["perplexity"]["mean"] > 1
-    assert len(open(figures["file"]).readlines()) == figures["items"]
+    assert len(open(figures["file"]).readlines()) == figures["items"] == 24  # all rows of the file
     code, out, _ = run("report", tmp_path / "out" / "runs" / "run")
     assert code == 0 and out[-1].endswith("report.md")
 
