@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from tiny import build_llama, build_tokenizer
 
 from mskd import batches, objective
-from mskd.config import KdPhase, MinillmPhase, SftPhase, TrainConfig
+from mskd.config import KdPhase, MinillmPhase, SftPhase
 from mskd.data import SequenceBatch, order
 from mskd.hop import backward, resolve_steps
 from mskd.models import Student, Teacher
@@ -188,7 +188,3 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     assert decayed["weight_decay"] == 0.1 and all(p.ndim >= 2 for p in decayed["params"])
     assert rest["weight_decay"] == 0.0 and all(p.ndim == 1 for p in rest["params"])
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-
-
-def test_train_config_defaults_to_what_the_hardware_does_best():
-    assert TrainConfig().precision == "auto"

@@ -386,7 +386,8 @@ def test_the_same_files_give_the_same_report(run):
 
 def test_a_relative_path_works(run, monkeypatch):
     monkeypatch.chdir(run.parent)
-    assert Stored(Path("demo")).final("teacher") is not None
+    final = Stored(Path("demo")).final("teacher")
+    assert final and final == Stored(run).final("teacher")
     assert (
         write_report(Path("demo")) == Path("demo/report.md") and "## Absent" not in Path("demo/report.md").read_text()
     )
