@@ -48,7 +48,7 @@ def head_loss(
     chunk_bytes: int,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the objective over valid tokens, statistics [N, 8], flags [N]); the gradient is made here and now."""
+    """(sum of the objective over valid tokens, statistics [N, 9], flags [N]); the gradient is made here and now."""
     needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student)
     return _HeadLoss.apply(*student, *teacher, tokens, rows, op, chunk_bytes, objective, needs)
 
@@ -64,7 +64,7 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, tokens, rows, op, chunk_bytes):
         heads = _Heads((hidden, weight, bias), (t_hidden, t_weight, t_bias), tokens, rows, op, chunk_bytes)
-        stats = hidden.new_zeros(heads.count, 8, dtype=heads.dtype)
+        stats = hidden.new_zeros(heads.count, _rows.COLUMNS, dtype=heads.dtype)
         with _no_autocast(hidden):
             for part in heads.parts():
                 stats[part] = heads.statistics(part, *heads.logits(part))
@@ -101,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
         student = (hidden, weight, bias)
         heads = _Heads(student, (t_hidden, t_weight, t_bias), tokens, rows, op, chunk_bytes)
         sums = _GradientSums(heads, student, needs)
-        stats = hidden.new_zeros(heads.count, 8, dtype=heads.dtype)
+        stats = hidden.new_zeros(heads.count, _rows.COLUMNS, dtype=heads.dtype)
         losses = hidden.new_zeros(heads.count, dtype=heads.dtype)
         flags = hidden.new_zeros(heads.count, dtype=torch.bool)
         with _no_autocast(hidden):

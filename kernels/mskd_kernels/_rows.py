@@ -1,43 +1,52 @@
 """The row op, the one mechanism of this package: logits of some tokens -> scalars a token -> gradient in the logits.
 
 N tokens (rows), V vocabulary, T temperature. With s and t the student's and the teacher's logits over T, Ls and Lt
-their log-sum-exp, log q = s - Ls, log p = t - Lt, y the token:
+their log-sum-exp, log q = s - Ls, log p = t - Lt, y the token, and f, w the terms of the kind (`Divergence`):
 
-    reverse_kl   K = KL(q || p) = sum_v q (log q - log p)      forward_kl   K = KL(p || q) = sum_v p (log p - log q)
-    lq = log q(y)    lp = log p(y)    H = - sum_v q log q
+    K = sum_v f      c = sum_v w      lq = log q(y)      lp = log p(y)      H = - sum_v q log q
 
 and for any coefficients gK, gy, gH a token (what the loss passes back for K, lq and H):
 
-    d/ds_v = gK q (log q - log p - K)  [forward_kl: gK (q - p)]  + gy (1[v = y] - q) - gH q (log q + H)
+    d/ds_v = gK (w - q c)  + gy (1[v = y] - q)  - gH q (log q + H)
 
 Both sides are held in a frame of their own: a constant near the row's maximum is subtracted before anything is
 summed, and Ls, Lt stay in that frame; else K loses its digits where student and teacher are close but offset. The
 raw logits z of a side pass through `softcap * tanh(scale * z / softcap)` first (scale * z without soft-cap).
 
-Here: the op, its dispatch and the torch path (some rows at a time, in place, no graph). `_triton_rows` has
-the kernels. Neither ever synchronises with the host on a GPU.
+Here: the op, the loss as data and the dispatch. `_torch_rows` and `_triton_rows` do the work. Neither ever
+synchronises with the host on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mskd_kernels._inputs import accumulate_dtype
 
-Kind = Literal["reverse_kl", "forward_kl"]
-KINDS: tuple[Kind, ...] = ("reverse_kl", "forward_kl")
+# Columns of the statistics. Frames are in units of the soft-capped logits (of the raw ones without a soft-cap).
+VALUE, LOGPROB, TEACHER_LOGPROB, ENTROPY, FRAME, LSE, TEACHER_FRAME, TEACHER_LSE, CENTER = range(9)
+COLUMNS = 9
 
-# Columns of the statistics [N, 8]. Frames are in units of the soft-capped logits (of the raw ones without a soft-cap).
-VALUE, LOGPROB, TEACHER_LOGPROB, ENTROPY, FRAME, LSE, TEACHER_FRAME, TEACHER_LSE = range(8)
 
-# Elements of one row block of the torch path. Smaller blocks stay in cache, but every op ends in a barrier of its
-# threads. A loss at N=512, V=49152 on two idle cores: 0.6 s with blocks of 1.6 million, 0.66 with these, 0.85 with 13
-# million; beside other work 2.3 to 3.9, 2 to 2.6 and 1.8 s; with 0.4 million it was 12 s there.
-_CPU_BLOCK = 3_200_000
-_GPU_BLOCK = 16 * 1024**2
+class Divergence(NamedTuple):
+    """A kind of divergence: its terms f and w (see the top), elementwise, and where they come from.
+
+    `reference(lq, lp, beta)` -> f by its definition, for autograd. `terms(lq, lp, q, beta)` -> (f, w) in torch,
+    fresh memory; `triton_terms(lq, lp, q, p, beta)` -> (f, w) as a Triton function. All get logarithms that are
+    finite: a mass of 0 comes as -1e30. w may differ from the slope by a multiple of q, which c takes away again.
+    """
+
+    name: str
+    source: str
+    reference: Callable[[Tensor, Tensor, Any], Tensor]
+    terms: Callable[[Tensor, Tensor, Tensor, Any], tuple[Tensor, Tensor]]
+    triton_terms: Any
+    expectation: str | None = None  # of log q - log p: of the "student", or of the "teacher" (negated). In one pass.
+    beta: float | None = None  # the kind's number: in the table its default, in a RowOp the one in use
+    at_zero: str | None = None  # the kind that it is at beta = 0; None: 0 is not allowed
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Side:
 class RowOp:
     """The settings of a row op. `kind` None: there is no teacher."""
 
-    kind: Kind | None
+    kind: Divergence | None
     backend: str
     temperature: float = 1.0
     student: Side = Side()
@@ -68,6 +77,59 @@ class Coefficients(NamedTuple):
     entropy: Tensor | None = None
 
 
+class Policy(NamedTuple):
+    """The constants of a clipped policy gradient, each [N] in the dtype of the statistics, and its settings."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    importance_weights: Tensor
+    clip: float
+    weight_single_step: bool
+    clip_weighted_ratio: bool
+
+
+class Objective(NamedTuple):
+    """A loss a token as data: value * [w if weight_single_step] * K - nll * log q(y) + the policy's term.
+
+    With A the advantage, r = q(y) / q_old(y), w the importance weight and c(.) the clamp to [1 - clip, 1 + clip] that
+    term is max(-A w r, -A c(w r)) with clip_weighted_ratio, else w max(-A r, -A c(r)) (MiniLLM, Gu et al. 2024).
+    """
+
+    value: float = 1.0
+    nll: float = 0.0
+    policy: Policy | None = None
+
+
+def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
+    """Statistics [N, COLUMNS] -> losses [N], whether the clip took effect [N] (bool), the losses' derivatives."""
+    losses, logprob_slope = torch.zeros_like(stats[:, VALUE]), None
+    clipped = torch.zeros_like(losses, dtype=torch.bool)
+    value_slope = torch.full_like(losses, objective.value) if objective.value else None
+    if objective.nll:
+        losses = losses - objective.nll * stats[:, LOGPROB]
+        logprob_slope = torch.full_like(losses, -objective.nll)
+    if objective.policy is not None:
+        policy, slope, clipped = _policy_terms(objective.policy, stats[:, LOGPROB])
+        losses = losses + policy
+        logprob_slope = slope if logprob_slope is None else logprob_slope + slope
+        if value_slope is not None and objective.policy.weight_single_step:
+            value_slope = value_slope * objective.policy.importance_weights
+    if value_slope is not None:
+        losses = losses + value_slope * stats[:, VALUE]
+    return losses, clipped, Coefficients(value_slope, logprob_slope)
+
+
+def _policy_terms(policy: Policy, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy's term, its derivative in log q(y), and whether the clip took effect, each [N]."""
+    old_logprobs, a, w, clip, _, clip_weighted_ratio = policy
+    ratio = (logprobs - old_logprobs).exp()
+    x = w * ratio if clip_weighted_ratio else ratio
+    free, limited = -a * x, -a * x.clamp(1 - clip, 1 + clip)
+    term, clipped = torch.maximum(free, limited), limited > free
+    slope = free.masked_fill(clipped, 0.0)  # d/dlq of x is x
+    return (term, slope, clipped) if clip_weighted_ratio else (w * term, w * slope, clipped)
+
+
 def refuse_second_derivative() -> None:
     """Backward runs with gradients enabled only where a second derivative is wanted (create_graph=True)."""
     if torch.is_grad_enabled():
@@ -78,21 +140,13 @@ def refuse_second_derivative() -> None:
 
 
 def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None = None) -> Tensor:
-    """Raw logits s, t [N, V] (any row stride), tokens int64 [N], live bool [N] -> statistics [N, 8].
+    """Raw logits s, t [N, V] (any row stride), tokens int64 [N], live bool [N] -> statistics [N, COLUMNS].
 
     Rows that are not live are never read and hold zeros.
     """
-    out = torch.zeros(s.shape[0], 8, dtype=accumulate_dtype(s, t), device=s.device)
-    if s.shape[0] == 0:
-        return out
-    if op.backend == "triton":
-        from mskd_kernels import _triton_rows
-
-        _triton_rows.statistics(op, s, t, tokens, live, out)
-        return out
-    work = _workspace(s, out.dtype)
-    for rows, count in _blocks(s, live):
-        out[rows] = _block_statistics(op, s, t, tokens, live, rows, work[:, :count])
+    out = torch.zeros(s.shape[0], COLUMNS, dtype=accumulate_dtype(s, t), device=s.device)
+    if s.shape[0]:
+        _path(op).statistics(op, s, t, tokens, live, out)
     return out
 
 
@@ -110,170 +164,45 @@ def gradient(
 
     A token whose value is +inf gets a gradient of 0, and so does one whose coefficients are all 0.
     """
-    if s.shape[0] == 0:
+    given = [c for c in coefficients if c is not None]
+    if s.shape[0] == 0 or not given:
+        out.zero_()
         return
-    dead = stats[:, VALUE] == torch.inf
-    dead |= torch.stack([c == 0 for c in coefficients if c is not None]).all(0)
+    dead = (stats[:, VALUE] == torch.inf) | torch.stack([c == 0 for c in given]).all(0)
     if live is not None:
         dead |= ~live
     coefficients = Coefficients(*(None if c is None else c.masked_fill(dead, 0.0) for c in coefficients))
+    _path(op).gradient(op, s, t, tokens, stats, coefficients, out)
+
+
+def fused(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    objective: Objective,
+    out: Tensor,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics [N, COLUMNS], losses [N] and clip flags [N]; the gradient of the losses' sum goes to `out`.
+
+    `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. What `statistics`, `evaluate` and
+    `gradient` do one after the other, in one go.
+    """
+    stats = statistics(op, s, t, tokens, live)
+    losses, clipped, coefficients = evaluate(objective, stats)
+    if live is not None:
+        losses, clipped = losses.masked_fill(~live, 0.0), clipped & live
+    gradient(op, s, t, tokens, stats, coefficients, out)
+    return stats, losses, clipped
+
+
+def _path(op: RowOp) -> Any:
+    """The module that does the work; imported where used, as both import this one."""
     if op.backend == "triton":
         from mskd_kernels import _triton_rows
 
-        _triton_rows.gradient(op, s, t, tokens, stats, coefficients, out)
-        return
-    if live is not None and s.device.type == "cpu":
-        out[~live] = 0
-    work = _workspace(s, stats.dtype)
-    for rows, count in _blocks(s, live):
-        out[rows] = _block_gradient(op, s, t, tokens, live, rows, stats, coefficients, dead, work[:, :count]).to(
-            out.dtype
-        )
+        return _triton_rows
+    from mskd_kernels import _torch_rows
 
-
-# The torch path -------------------------------------------------------------------------------------------------------
-
-
-def _block_rows(s: Tensor) -> int:
-    return max(1, (_CPU_BLOCK if s.device.type == "cpu" else _GPU_BLOCK) // s.shape[1])
-
-
-def _blocks(s: Tensor, live: Tensor | None) -> Iterator[tuple[slice | Tensor, int]]:
-    """Row blocks and their sizes: slices, or on the CPU indices of live rows (on a GPU counting them synchronises)."""
-    size = _block_rows(s)
-    if live is not None and s.device.type == "cpu":
-        yield from ((rows, len(rows)) for rows in live.nonzero().squeeze(1).split(size) if len(rows))
-    else:
-        yield from ((slice(i, i + size), min(size, s.shape[0] - i)) for i in range(0, s.shape[0], size))
-
-
-def _workspace(s: Tensor, dtype: torch.dtype) -> Tensor:
-    """Four buffers [rows, V], used again by every block: fresh memory costs as much as the arithmetic."""
-    return torch.empty(4, min(_block_rows(s), s.shape[0]), s.shape[1], dtype=dtype, device=s.device)
-
-
-def _load(z: Tensor, rows: slice | Tensor, live: Tensor | None, buffer: Tensor, side: Side) -> Tensor:
-    """Soft-capped logits of some rows, in the buffer; those of rows that are not live are of zeros."""
-    x = buffer.copy_(z[rows])
-    if live is not None and isinstance(rows, slice):
-        x.masked_fill_(~live[rows, None], 0.0)
-    return x if side.softcap is None else x.mul_(side.scale / side.softcap).tanh_().mul_(side.softcap)
-
-
-def _enter_frame(x: Tensor, frame: Tensor, side: Side, temperature: float) -> Tensor:
-    factor = (1.0 if side.softcap is not None else side.scale) / temperature  # a soft-cap has the scale inside
-    x.sub_(frame)
-    return x if factor == 1.0 else x.mul_(factor)
-
-
-def _framed(x: Tensor, e: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor]:
-    """Capped logits x -> framed logits in x, their exp in e; returns sum of e and frame (row maximum), both [n, 1]."""
-    frame = x.amax(1, keepdim=True)
-    frame = frame.masked_fill_(frame == -torch.inf, 0.0)  # a row of -inf: -inf - -inf is NaN
-    torch.exp(_enter_frame(x, frame, side, temperature), out=e)
-    return e.sum(1, keepdim=True), frame
-
-
-def _gather(x: Tensor, tokens: Tensor) -> Tensor:
-    """x[i, tokens[i]]; NaN where the token is outside (on a GPU nobody has looked)."""
-    inside = (tokens >= 0) & (tokens < x.shape[1])
-    return x.gather(1, tokens.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1).masked_fill(~inside, torch.nan)
-
-
-def _block_statistics(
-    op: RowOp,
-    s: Tensor,
-    t: Tensor | None,
-    tokens: Tensor | None,
-    live: Tensor | None,
-    rows: slice | Tensor,
-    work: Tensor,
-) -> Tensor:
-    x, e, u, w = work
-    stats = work.new_zeros(x.shape[0], 8)
-    token = None if tokens is None else tokens[rows]
-    d, frame = _framed(_load(s, rows, live, x, op.student), e, op.student, op.temperature)
-    stats[:, FRAME], stats[:, LSE] = frame[:, 0], d[:, 0].log()
-    if token is not None:
-        stats[:, LOGPROB] = _gather(x, token) - stats[:, LSE]
-    if op.entropy:
-        mean = torch.mul(e, x, out=u).sum(1)
-        if _suspect(mean):  # 0 * -inf
-            mean = torch.mul(e, x.masked_fill(x == -torch.inf, 0.0), out=u).sum(1)
-        stats[:, ENTROPY] = stats[:, LSE] - mean / d[:, 0]
-    if t is not None:
-        dt, frame = _framed(_load(t, rows, live, u, op.teacher), w, op.teacher, op.temperature)
-        stats[:, TEACHER_FRAME], stats[:, TEACHER_LSE] = frame[:, 0], dt[:, 0].log()
-        if token is not None:
-            stats[:, TEACHER_LOGPROB] = _gather(u, token) - stats[:, TEACHER_LSE]
-        shift = stats[:, LSE] - stats[:, TEACHER_LSE]
-        if op.kind == "reverse_kl":
-            expected = _expected_difference(e, d, x, u, work=w)
-        else:
-            expected, shift = _expected_difference(w, dt, u, x, work=e), -shift
-        stats[:, VALUE] = (expected - shift).masked_fill(expected == torch.inf, torch.inf)
-    return stats if live is None else stats.masked_fill_(~live[rows, None], 0.0)
-
-
-def _expected_difference(e: Tensor, d: Tensor, a: Tensor, b: Tensor, work: Tensor) -> Tensor:
-    """sum_v e/d (a - b), e = exp(a). a = -inf counts 0, b = -inf alone gives +inf. Overwrites b and work."""
-    difference = torch.sub(a, b, out=b)
-    total = torch.mul(e, difference, out=work).sum(1)
-    if _suspect(total):
-        infinite = difference == torch.inf
-        total = torch.mul(e, difference.masked_fill_(infinite | (a == -torch.inf), 0.0), out=work).sum(1)
-        total = total.masked_fill(infinite.any(1), torch.inf)
-    return total / d[:, 0]
-
-
-def _suspect(total: Tensor) -> bool:
-    """Whether -inf may be among the logits. On a GPU asking would synchronise: always yes."""
-    return total.device.type != "cpu" or not bool(total.isfinite().all())
-
-
-def _block_gradient(
-    op: RowOp,
-    s: Tensor,
-    t: Tensor | None,
-    tokens: Tensor | None,
-    live: Tensor | None,
-    rows: slice | Tensor,
-    stats: Tensor,
-    coefficients: Coefficients,
-    dead: Tensor,
-    work: Tensor,
-) -> Tensor:
-    stats, dead = stats[rows, :, None], dead[rows, None]
-    gk, gy, gh = (None if c is None else c[rows, None] for c in coefficients)
-    x, q, u, slope = work
-    x = _load(s, rows, live, x, op.student)
-    if op.student.softcap is not None:
-        torch.div(x, op.student.softcap, out=slope).square_().neg_().add_(1)
-    x = _enter_frame(x, stats[:, FRAME], op.student, op.temperature).sub_(stats[:, LSE])  # log q
-    torch.exp(x, out=q)
-    factor = torch.zeros_like(stats[:, VALUE])  # of q: everything that does not depend on v
-    if gk is not None and op.kind == "reverse_kl":
-        factor = factor - gk * stats[:, VALUE]
-    if gy is not None:
-        factor = factor - gy
-    if gh is not None:
-        factor = factor - gh * stats[:, ENTROPY]
-    if gk is not None and t is not None:
-        u = _load(t, rows, live, u, op.teacher)
-        u = _enter_frame(u, stats[:, TEACHER_FRAME], op.teacher, op.temperature).sub_(stats[:, TEACHER_LSE])  # log p
-        if op.kind == "reverse_kl":
-            grad = torch.sub(x, u, out=u).mul_(gk).add_(factor)
-            grad = (grad if gh is None else grad.sub_(x * gh)).mul_(q)
-        else:
-            grad = torch.sub(q, u.exp_(), out=u).mul_(gk)
-            grad.addcmul_(q, factor if gh is None else factor - gh * x)
-    else:
-        grad = q.mul_(factor if gh is None else factor - gh * x)
-    if _suspect(grad.sum(1)):  # 0 * -inf
-        grad.masked_fill_(x == -torch.inf, 0.0).masked_fill_(dead, 0.0)
-    if gy is not None and tokens is not None:
-        grad.scatter_add_(1, tokens[rows, None].clamp(0, grad.shape[1] - 1), gy)
-    if op.student.softcap is not None:
-        grad.mul_(slope)
-    factor_z = 1.0 / op.temperature * op.student.scale
-    return grad if factor_z == 1.0 else grad.mul_(factor_z)
+    return _torch_rows

@@ -146,7 +146,7 @@ def _statistics_kernel(
         if KIND != 0:
             u = (_tile(t_row, full + lanes, V, t_inner, t_cap, T_CAPPED, True, ACC) - teacher_frame) * t_factor
         m, d, h, mt, dt, k, infinite = _accumulate(x, u, m, d, h, mt, dt, k, infinite, KIND, ENTROPY)
-    out = out_ptr + row * 8
+    out = out_ptr + row * 9
     lse = m + tl.log(d)
     tl.store(out + 4, frame)
     tl.store(out + 5, lse)
@@ -155,7 +155,9 @@ def _statistics_kernel(
     if KIND != 0:
         shift = (m - mt) + (tl.log(d) - tl.log(dt))
         value = k / d - shift if KIND == 1 else k / dt + shift
-        tl.store(out, tl.where(infinite > 0, float("inf"), value))
+        value = tl.where(infinite > 0, float("inf"), value)
+        tl.store(out, value)
+        tl.store(out + 8, value if KIND == 1 else zero)
         tl.store(out + 6, teacher_frame)
         tl.store(out + 7, mt + tl.log(dt))
     if HAS_TOKENS:
@@ -260,7 +262,7 @@ def _gradient_kernel(
         tl.store(out_row + offsets, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=offsets < V)
         return
     token = tl.load(tokens_ptr + row) if HAS_TOKENS else tl.full([], -1, tl.int64)
-    stats = stats_ptr + row * 8
+    stats = stats_ptr + row * 9
     value, entropy = tl.load(stats), tl.load(stats + 3)
     frame, lse = tl.load(stats + 4), tl.load(stats + 5)
     teacher_frame, teacher_lse = tl.load(stats + 6), tl.load(stats + 7)
@@ -290,7 +292,7 @@ INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)
 
 
 def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None, out: Tensor) -> None:
-    """Fills `out` [N, 8], zeros on entry, for the rows that are live. N > 0."""
+    """Fills `out` [N, 9], zeros on entry, for the rows that are live. N > 0."""
     teacher = s if t is None else t
     with _on(s):
         _statistics_kernel[(s.shape[0],)](
@@ -304,7 +306,7 @@ def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, li
             teacher.stride(0),
             *_scalars(op.student, op.temperature),
             *_scalars(op.teacher, op.temperature),
-            KIND=_KINDS[op.kind],
+            KIND=_kind(op),
             ENTROPY=op.entropy,
             HAS_TOKENS=tokens is not None,
             HAS_LIVE=live is not None,
@@ -343,7 +345,7 @@ def gradient(
             *_scalars(op.student, op.temperature),
             *_scalars(op.teacher, op.temperature),
             op.student.scale / op.temperature,
-            KIND=_NO_TEACHER if coefficients.value is None else _KINDS[op.kind],
+            KIND=_NO_TEACHER if coefficients.value is None else _kind(op),
             ENTROPY=coefficients.entropy is not None,
             HAS_TOKENS=tokens is not None,
             S_CAPPED=op.student.softcap is not None,
@@ -368,6 +370,13 @@ def _scalars(side: Side, temperature: float) -> tuple[float, float, float]:
     if side.softcap is None:
         return 1.0, 1.0, side.scale / temperature
     return side.scale / side.softcap, side.softcap, 1.0 / temperature
+
+
+def _kind(op: RowOp) -> int:
+    name = None if op.kind is None else op.kind.name
+    if name not in _KINDS:
+        raise NotImplementedError(f'kind={name!r} is not in the Triton kernels yet: use backend="torch"')
+    return _KINDS[name]
 
 
 def _any_cap(op: RowOp) -> bool:

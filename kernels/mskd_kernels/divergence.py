@@ -3,19 +3,240 @@
 Use: `loss = reverse_kl(student_logits, teacher_logits, mask=mask, reduction="mean"); loss.backward()`
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs, _rows
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._rows import KINDS, Coefficients, Kind, RowOp
+from mskd_kernels._rows import Coefficients, Divergence, RowOp
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # no Triton on this system: its terms are then never called
+    tl = None
+
+    def jit(function: Any) -> Any:  # type: ignore[no-redef]
+        return function
+
+
+# The kinds ------------------------------------------------------------------------------------------------------------
+# lq = log q (student), lp = log p (teacher), r = p / q. Each kind: definition, terms in torch, terms in Triton. Near
+# q = p first-order terms cancel, so that the value is made of log1p and expm1 of lp - lq, and terms are added whose sum
+# over v is 0 (a multiple of q - p: each element is then positive by itself).
+
+_FAR = 80.0  # beyond, a ratio of masses is cut off: the smaller is less than 1e-34 of the larger
+
+
+def _reverse_kl_reference(lq: Tensor, lp: Tensor, beta: None) -> Tensor:
+    return lq.exp() * (lq - lp)
+
+
+def _reverse_kl(lq: Tensor, lp: Tensor, q: Tensor, beta: None) -> tuple[Tensor, Tensor]:
+    f = (lq - lp).mul_(q)
+    return f, f
+
+
+@jit
+def _reverse_kl_triton(lq, lp, q, p, beta):
+    f = q * (lq - lp)
+    return f, f
+
+
+def _forward_kl_reference(lq: Tensor, lp: Tensor, beta: None) -> Tensor:
+    return lp.exp() * (lp - lq)
+
+
+def _forward_kl(lq: Tensor, lp: Tensor, q: Tensor, beta: None) -> tuple[Tensor, Tensor]:
+    p = lp.exp()
+    return (lp - lq).mul_(p), q - p
+
+
+@jit
+def _forward_kl_triton(lq, lp, q, p, beta):
+    return p * (lp - lq), q - p
+
+
+def _log_mixture(lp: Tensor, lq: Tensor, beta: float) -> Tensor:
+    """log(beta p + (1 - beta) q), 0 < beta < 1."""
+    return torch.logaddexp(lp + math.log(beta), lq + math.log1p(-beta))
+
+
+def _jsd_reference(lq: Tensor, lp: Tensor, beta: float) -> Tensor:
+    lm = _log_mixture(lp, lq, beta)
+    return beta * lp.exp() * (lp - lm) + (1 - beta) * lq.exp() * (lq - lm)
+
+
+def _jsd(lq: Tensor, lp: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    d = (lp - lq).clamp_(-_FAR, _FAR)
+    g = d.expm1().mul_(beta).log1p_()  # log(m / q)
+    w = (g * q).mul_(beta - 1)
+    return d.sub_(g).mul_(lp.exp()).mul_(beta).add_(w), w
+
+
+@jit
+def _jsd_triton(lq, lp, q, p, beta):
+    d = _clamped(lp - lq)
+    g = _log1p(beta * _expm1(d))
+    w = (beta - 1.0) * q * g
+    return beta * p * (d - g) + w, w
+
+
+def _skew_kl_reference(lq: Tensor, lp: Tensor, beta: float) -> Tensor:
+    return lp.exp() * (lp - _log_mixture(lp, lq, beta))
+
+
+def _skew_kl(lq: Tensor, lp: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    p, d = lp.exp(), (lp - lq).clamp_(-_FAR, _FAR)
+    e = d.expm1()
+    y = e * beta  # m / q = 1 + y
+    f = d.sub_(y.log1p()).mul_(p).add_(q - p, alpha=1 - beta)
+    return f, e.div_(y.add_(1)).mul_(q).mul_(-((1 - beta) ** 2))
+
+
+@jit
+def _skew_kl_triton(lq, lp, q, p, beta):
+    d = _clamped(lp - lq)
+    e = _expm1(d)
+    y = beta * e
+    f = p * (d - _log1p(y)) + (1.0 - beta) * (q - p)
+    return f, -(1.0 - beta) * (1.0 - beta) * q * (e / (1.0 + y))
+
+
+def _skew_reverse_kl_reference(lq: Tensor, lp: Tensor, beta: float) -> Tensor:
+    return lq.exp() * (lq - _log_mixture(lq, lp, beta))
+
+
+def _skew_reverse_kl(lq: Tensor, lp: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    d = (lq - lp).clamp_(-_FAR, _FAR)
+    e = d.expm1()
+    y = e * beta  # m / p = 1 + y
+    u = d.sub_(y.log1p()).mul_(q)  # q log(q / m)
+    w = e.div_(y.add_(1)).mul_(q).mul_(-beta * (1 - beta)).add_(u)
+    return u.add_(lp.exp().sub_(q), alpha=1 - beta), w
+
+
+@jit
+def _skew_reverse_kl_triton(lq, lp, q, p, beta):
+    d = _clamped(lq - lp)
+    e = _expm1(d)
+    y = beta * e
+    u = q * (d - _log1p(y))
+    return u + (1.0 - beta) * (p - q), u - beta * (1.0 - beta) * q * (e / (1.0 + y))
+
+
+def _tvd_reference(lq: Tensor, lp: Tensor, beta: None) -> Tensor:
+    return (lq.exp() - lp.exp()).abs() / 2
+
+
+def _tvd(lq: Tensor, lp: Tensor, q: Tensor, beta: None) -> tuple[Tensor, Tensor]:
+    difference = q - lp.exp()
+    return difference.abs().div_(2), (lq - lp).sign_().mul_(q).div_(2)
+
+
+@jit
+def _tvd_triton(lq, lp, q, p, beta):
+    sign = tl.where(lq > lp, 1.0, 0.0) - tl.where(lq < lp, 1.0, 0.0)
+    return tl.abs(q - p) * 0.5, q * sign * 0.5
+
+
+@jit
+def _clamped(d):
+    return tl.minimum(tl.maximum(d, -80.0), 80.0)
+
+
+@jit
+def _expm1(x):
+    """Kahan's form near 0, where the error of exp cancels. Triton has none that the interpreter knows."""
+    u = tl.exp(x)
+    near = tl.where(u == 1.0, x, (u - 1.0) * (x / tl.log(u)))
+    return tl.where(tl.abs(x) < 0.5, near, u - 1.0)
+
+
+@jit
+def _log1p(x):
+    """x > -1; the rounding of 1 + x cancels (Kahan)."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / (u - 1.0)))
+
+
+_ROWS = (
+    Divergence(
+        "reverse_kl",
+        "KL(q || p): MiniLLM, Gu et al. 2024",
+        _reverse_kl_reference,
+        _reverse_kl,
+        _reverse_kl_triton,
+        expectation="student",
+    ),
+    Divergence(
+        "forward_kl",
+        "KL(p || q): Hinton et al. 2015",
+        _forward_kl_reference,
+        _forward_kl,
+        _forward_kl_triton,
+        expectation="teacher",
+    ),
+    Divergence(
+        "jsd",
+        "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: GKD, Agarwal et al. 2024",
+        _jsd_reference,
+        _jsd,
+        _jsd_triton,
+        beta=0.5,
+    ),
+    Divergence(
+        "skew_kl",
+        "KL(p || beta p + (1 - beta) q): DistiLLM, Ko et al. 2024",
+        _skew_kl_reference,
+        _skew_kl,
+        _skew_kl_triton,
+        beta=0.1,
+        at_zero="forward_kl",
+    ),
+    Divergence(
+        "skew_reverse_kl",
+        "KL(q || (1 - beta) p + beta q): DistiLLM, Ko et al. 2024",
+        _skew_reverse_kl_reference,
+        _skew_reverse_kl,
+        _skew_reverse_kl_triton,
+        beta=0.1,
+        at_zero="reverse_kl",
+    ),
+    Divergence("tvd", "sum |q - p| / 2: f-distill, Wen et al. 2023", _tvd_reference, _tvd, _tvd_triton),
+)
+DIVERGENCES = {row.name: row for row in _ROWS}
+
+
+def resolve_kind(kind: str, beta: float | None = None) -> Divergence:
+    """The kind with its number in place (None: its default). ValueError for what is not known or out of range."""
+    if kind not in DIVERGENCES:
+        raise ValueError(f"kind={kind!r} is not known; allowed: {', '.join(DIVERGENCES)}")
+    row = DIVERGENCES[kind]
+    if beta is None:
+        return row
+    if row.beta is None:
+        having = ", ".join(name for name, other in DIVERGENCES.items() if other.beta is not None)
+        raise ValueError(f"kind={kind!r} takes no beta, got {beta}; those that do: {having}")
+    if isinstance(beta, Tensor) or not (0 < beta < 1 or (beta == 0 and row.at_zero)):
+        lowest = "0 <=" if row.at_zero else "0 <"
+        ends = "" if row.at_zero else "; the ends are kind='forward_kl' (from 0) and 'reverse_kl' (from 1)"
+        raise ValueError(f"kind={kind!r} takes a number {lowest} beta < 1, got {beta}{ends}")
+    return DIVERGENCES[row.at_zero] if beta == 0 and row.at_zero else row._replace(beta=float(beta))
+
+
+# The public functions -------------------------------------------------------------------------------------------------
 
 
 def divergence_reference(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    kind: Kind = "reverse_kl",
+    kind: str = "reverse_kl",
     *,
+    beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     reduction: str = "none",
@@ -23,7 +244,7 @@ def divergence_reference(
 ) -> Tensor:
     """`divergence` in plain torch with autograd: the formula, and the truth of the tests."""
     lq, lp = reference_logprobs(student_logits, teacher_logits, mask, temperature)
-    values = reference_values(lq, lp, kind)
+    values = reference_values(lq, lp, kind, beta)
     return reduce(values, mask, reduction, denominator)
 
 
@@ -40,18 +261,19 @@ def reference_logprobs(
     return lq.masked_fill(s == -torch.inf, -torch.inf), lp.masked_fill(t == -torch.inf, -torch.inf)
 
 
-def reference_values(lq: Tensor, lp: Tensor, kind: Kind) -> Tensor:
+def reference_values(lq: Tensor, lp: Tensor, kind: str, beta: float | None = None) -> Tensor:
     """Divergence of log-probabilities [..., V] -> [...]: 0 * log 0 is 0; an infinite value has a gradient of 0.
 
-    Where the first distribution has no mass at all it is NaN.
+    NaN where a side has no mass at all (+inf for a KL whose second side is that one).
     """
-    first, second = (lq, lp) if kind == "reverse_kl" else (lp, lq)
-    infinite = ((second == -torch.inf) & (first > -torch.inf)).any(-1, keepdim=True)
-    nothing = infinite | (first == -torch.inf)
-    first, second = first.masked_fill(nothing, 0.0), second.masked_fill(nothing, 0.0)
-    terms = (first.exp() * (first - second)).masked_fill(nothing, 0.0)
-    nowhere = (nothing & ~infinite).all(-1)
-    return terms.sum(-1).masked_fill(infinite[..., 0], torch.inf).masked_fill(nowhere, torch.nan)
+    row = resolve_kind(kind, beta)
+    values = row.reference(lq.clamp(min=-1e30), lp.clamp(min=-1e30), row.beta).sum(-1)
+    if row.expectation is None:
+        return values.masked_fill(((lq == -torch.inf) | (lp == -torch.inf)).all(-1), torch.nan)
+    first, second = (lq, lp) if row.expectation == "student" else (lp, lq)
+    infinite = ((second == -torch.inf) & (first > -torch.inf)).any(-1)
+    nowhere = (first == -torch.inf).all(-1)
+    return values.masked_fill(infinite, torch.inf).masked_fill(nowhere, torch.nan)
 
 
 def reduce(values: Tensor, mask: Tensor | None, reduction: str, denominator: float | Tensor | None) -> Tensor:
@@ -67,8 +289,9 @@ def reduce(values: Tensor, mask: Tensor | None, reduction: str, denominator: flo
 def divergence(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    kind: Kind = "reverse_kl",
+    kind: str = "reverse_kl",
     *,
+    beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     reduction: str = "none",
@@ -84,10 +307,10 @@ def divergence(
     Returns nats, float64 for float64 inputs, else float32. An infinite value has a gradient of 0. Raises ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
-    check_kind(kind)
+    row = resolve_kind(kind, beta)
     _inputs.check_settings(temperature, reduction)
     flat = _inputs.flat_mask(mask, shape, student_logits.device)
-    op = RowOp(kind, resolve_backend(backend, student_logits.device), temperature)
+    op = RowOp(row, resolve_backend(backend, student_logits.device), temperature)
     values = token_statistics(op, student_logits, teacher_logits, None, flat)[0]
     return reduce(values.reshape(shape), mask, reduction, denominator)
 
@@ -118,11 +341,6 @@ def reverse_kl(
         denominator=denominator,
         backend=backend,
     )
-
-
-def check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known; allowed: {', '.join(KINDS)}")
 
 
 def token_statistics(

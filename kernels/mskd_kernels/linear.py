@@ -18,8 +18,8 @@ from torch import Tensor
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
 from mskd_kernels._chunks import CHUNK_BYTES, Head, head_loss, head_statistics, valid_rows
-from mskd_kernels._rows import Kind, RowOp, Side
-from mskd_kernels.divergence import check_kind, divergence_reference
+from mskd_kernels._rows import RowOp, Side
+from mskd_kernels.divergence import DIVERGENCES, divergence_reference, resolve_kind
 from mskd_kernels.minillm import MiniLLMLoss, assemble, minillm_loss_reference, token_objective
 
 
@@ -38,7 +38,7 @@ def linear_divergence_reference(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    kind: Kind = "reverse_kl",
+    kind: str = "reverse_kl",
     *,
     mask: Tensor | None = None,
     student_bias: Tensor | None = None,
@@ -70,8 +70,9 @@ def linear_divergence(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    kind: Kind = "reverse_kl",
+    kind: str = "reverse_kl",
     *,
+    beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
     reduction: str = "none",
@@ -92,14 +93,14 @@ def linear_divergence(
     (float32 beside 16-bit): the GEMM runs in the hidden states' dtype, the weight's gradient is summed in float32.
     The rest as `divergence`.
     """
-    check_kind(kind)
+    row = resolve_kind(kind, beta)
     student: Head = (student_hidden, student_weight, student_bias)
     teacher: Head = (teacher_hidden, teacher_weight, teacher_bias)
     shape, device = _check_heads(student, teacher)
     _inputs.check_settings(temperature, reduction, chunk_bytes)
     rows = valid_rows(_inputs.flat_mask(mask, shape, device, host=True), device)
     sides = _sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
-    op = RowOp(kind, resolve_backend(backend, device), temperature, *sides)
+    op = RowOp(row, resolve_backend(backend, device), temperature, *sides)
     student, teacher = _flat(student), _flat(teacher)
     if reduction == "none":
         return head_statistics(student, teacher, None, rows, op, chunk_bytes)[0].reshape(shape)
@@ -205,7 +206,7 @@ def linear_minillm_loss(
     )
     objective = objective if rows is None else objective.select(rows)
     sides = _sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
-    op = RowOp("reverse_kl", resolve_backend(backend, device), temperature, *sides, entropy=True)
+    op = RowOp(DIVERGENCES["reverse_kl"], resolve_backend(backend, device), temperature, *sides, entropy=True)
     total, stats, clipped = head_loss(
         _flat(student),
         _flat(teacher),

@@ -18,7 +18,7 @@ from torch import Tensor
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
 from mskd_kernels._rows import RowOp
-from mskd_kernels.divergence import reference_logprobs, reference_values, token_statistics
+from mskd_kernels.divergence import DIVERGENCES, reference_logprobs, reference_values, token_statistics
 
 
 class MiniLLMLoss(NamedTuple):
@@ -154,7 +154,7 @@ def minillm_loss(
         weight_single_step=weight_single_step,
         clip_weighted_ratio=clip_weighted_ratio,
     )
-    op = RowOp("reverse_kl", resolve_backend(backend, device), temperature, entropy=True)
+    op = RowOp(DIVERGENCES["reverse_kl"], resolve_backend(backend, device), temperature, entropy=True)
     fields = token_statistics(op, student_logits, teacher_logits, token, flat)
     losses, clipped = objective(fields[0], fields[1])
     if flat is not None:
