@@ -1,0 +1,224 @@
+"""The reverse KL and its gradient: ours beside eager torch, torch.compile, TRL and Liger, in one interleaved run.
+
+    python -m bench.kl_kernel                           # this machine's default shapes, rows to bench/results/
+    python -m bench.kl_kernel --shape 1024x50257x768x1600 --dtype bf16 --out /tmp/results
+    python -m bench.kl_kernel --smoke                   # small, stores nothing unless --out is given
+
+A time is loss, forward and backward, of one call. First every provider's loss and gradients are compared with float64
+at a reverse KL of about 0.005 and 0.5; one that is wrong gets no figure, and the exit code is 1. The roof of a shape is
+its minimal bytes at the copy bandwidth of the same run (logits), or the four matrix products alone (hidden states).
+Last line: one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import (
+    RESULTS,
+    Call,
+    Row,
+    Stopwatch,
+    copy_bandwidth,
+    environment,
+    figures,
+    finish,
+    gate,
+    interleave,
+    peak_extra_bytes,
+    read_results,
+    result_file,
+    stopwatch,
+    table,
+)
+from bench.kl_cases import NAMES, Case, relative_error, truth
+from bench.kl_providers import gemms, providers
+from bench.plot import Panel, draw
+
+LEVELS = (0.005, 0.5)  # reverse KL of the inputs; the last is the one that is timed
+# Largest relative error of loss and gradients at these levels that passes. 16 bits: rounding the logits alone costs up
+# to 30 % in bf16 and 4 % in fp16 at the small KL; a wrong formula is off by more.
+LIMITS = {torch.float32: (1e-3, 1e-4), torch.float16: (0.1, 0.02), torch.bfloat16: (0.6, 0.15)}
+
+VOCABULARIES = (32000, 50257, 128256, 151936, 262144)
+HEADS = ("50257x768x1600", "151936x896x3584", "128256x2048x4096")
+GPU_SHAPES = (
+    *(f"4096x{v}" for v in VOCABULARIES),
+    "256x151936",
+    *(f"{n}x{head}" for n in (1024, 8192) for head in HEADS),
+)
+CPU_SHAPES = ("256x50257", "32x151936", "256x8192x256x512", "512x50257x768x1600")
+SMOKE_SHAPES = ("16x1000", "32x1000x48x64")
+FEWEST, MOST = 5, 25  # rounds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    device = torch.device(options.device)
+    folder = options.out or (None if options.smoke else RESULTS)
+    try:
+        cases = _cases(options.shape, options.dtype, options.smoke, device)
+        run = environment(device)
+        if folder and (path := result_file(folder, run)).exists():
+            read_results(path)  # a file that nothing can be merged into is found before the measurement
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    clock = stopwatch(device)
+    run |= {"copy_gb_s": copy_bandwidth(device, clock, 2**24 if options.smoke else 2**29) / 1e9}
+    rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    for case in cases:
+        found, missing = measure(case, device, clock, options.seconds, run["copy_gb_s"])
+        rows, left_out = rows + found, left_out | missing
+        print(table(found, COLUMNS) + "\n", flush=True)
+    if folder and rows:
+        plot(rows, run, result_file(folder, run).with_suffix(".png"))
+    return finish("kl_kernel", run, rows, left_out, folder)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.kl_kernel", description=(__doc__ or "").partition("\n")[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--shape", nargs="+", help="NxV (logits) or NxVxHsxHt (hidden states)")
+    parser.add_argument("--dtype", nargs="+", choices=list(NAMES.values()), help="GPU: fp16 and bf16; CPU: fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--seconds", type=float, help="of timed rounds a shape, of which there are 5 to 25")
+    parser.add_argument("--smoke", action="store_true", help="two tiny shapes")
+    parser.add_argument("--out", type=Path, help="folder of the result files")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not cuda:
+        parser.error("--device cuda: torch sees no CUDA GPU here; use cpu")
+    options.seconds = options.seconds or (1.0 if options.smoke else 100.0 if options.device == "cpu" else 20.0)
+    return options
+
+
+def _cases(shapes: Sequence[str] | None, dtypes: Sequence[str] | None, smoke: bool, device: torch.device) -> list[Case]:
+    """The shapes and dtypes that were asked for, or this device's."""
+    if dtypes is None:
+        dtypes = ["fp32"] if device.type == "cpu" else ["fp16"]
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            dtypes = ["fp16", "bf16"]
+    shapes = shapes or (SMOKE_SHAPES if smoke else CPU_SHAPES if device.type == "cpu" else GPU_SHAPES)
+    types = {name: dtype for dtype, name in NAMES.items()}
+    return [Case.parse(shape, types[dtype]) for dtype in dtypes for shape in shapes]
+
+
+def measure(
+    case: Case, device: torch.device, clock: Stopwatch, seconds: float, copy_gb_s: float
+) -> tuple[list[Row], dict[str, str]]:
+    """(rows, what was left out and why) of one shape; a provider that runs out of memory is left out."""
+    torch.compiler.reset()
+    try:
+        calls, errors, wrong, left_out = _checked(case, device)
+        if case.hidden is not None:
+            calls["gemm"] = gemms(*case.inputs(LEVELS[-1], device))
+        rounds = _rounds(calls, clock, seconds)
+        found = figures(interleave(calls, rounds, clock), base="eager")
+        memory = {name: peak_extra_bytes(call, device) for name, call in calls.items() if name != "gemm"}
+    except torch.OutOfMemoryError:
+        return [], {f"{case.shape}, {NAMES[case.dtype]}": "the inputs or their truth do not fit in memory"}
+    roof = found["gemm"]["ms_p50"] if "gemm" in found else case.minimal_bytes / copy_gb_s / 1e6
+    rows = []
+    for name, figure in found.items():
+        row = _start(case, name) | figure | errors.get(name, {}) | _shares(case, figure["ms_p50"], roof, copy_gb_s)
+        rows.append(row | ({"peak_extra_bytes": memory[name]} if name in memory else {}))
+    rows += [_start(case, name) | errors.get(name, {}) | {"wrong": reason} for name, reason in wrong.items()]
+    return rows, left_out
+
+
+def _checked(
+    case: Case, device: torch.device
+) -> tuple[dict[str, Call], dict[str, dict[str, float]], dict[str, str], dict[str, str]]:
+    """The calls that are right at both levels, the errors of all, who is wrong and who is left out."""
+    errors: dict[str, dict[str, float]] = {}
+    wrong: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for level, limit in zip(LEVELS, LIMITS[case.dtype], strict=True):
+        inputs = case.inputs(level, device)
+        reference = truth(inputs)
+
+        def check(name: str, result: tuple[torch.Tensor, ...], level=level, limit=limit, true=reference) -> str | None:
+            loss, *gradients = (relative_error(x, y) for x, y in zip(result, true, strict=True))
+            errors.setdefault(name, {})[f"gradient_error_{level:g}"] = max(gradients)
+            worst = max(loss, *gradients)
+            return None if worst <= limit else f"error {worst:.1e} > {limit:g} at a reverse KL of {float(true[0]):.2g}"
+
+        calls, left_out_here = providers(inputs)
+        left_out |= left_out_here
+        wrong |= gate({name: call for name, call in calls.items() if name not in wrong}, check)
+        del reference
+    full = {name for name, reason in wrong.items() if reason.startswith("OutOfMemoryError")}
+    left_out |= {f"{case.shape}, {NAMES[case.dtype]}, {name}": "out of memory" for name in full}
+    wrong = {name: reason for name, reason in wrong.items() if name not in full}
+    return {n: c for n, c in calls.items() if n not in wrong and n not in full}, errors, wrong, left_out
+
+
+def _rounds(calls: dict[str, Call], clock: Stopwatch, seconds: float) -> int:
+    once = sum(clock(call) for call in calls.values())
+    return max(FEWEST, min(MOST, int(seconds / once)))
+
+
+def _start(case: Case, provider: str) -> Row:
+    hs, ht = case.hidden or (None, None)
+    key = {"benchmark": "kl_kernel", "shape": case.shape, "dtype": NAMES[case.dtype], "provider": provider}
+    return key | {"n": case.n, "v": case.v, "hs": hs, "ht": ht}
+
+
+def _shares(case: Case, ms: float, roof: float, copy_gb_s: float) -> Row:
+    """How near a time is to what the machine can do; `bound`: from hidden states in 16 bits, GEMMs and 10 N V bytes."""
+    gb_s = case.minimal_bytes / ms / 1e6
+    shares = {"gb_s": gb_s, "copy_percent": 100 * gb_s / copy_gb_s, "roof_ms": roof, "roof_percent": 100 * roof / ms}
+    if case.hidden is None or case.dtype.itemsize != 2:
+        return shares
+    return shares | {"bound_ratio": ms / (roof + 10 * case.n * case.v / copy_gb_s / 1e6)}
+
+
+def _form(field: str, form: str, scale: float = 1.0) -> Any:
+    return lambda row: form.format(row[field] * scale) if row.get(field) is not None else "-"
+
+
+COLUMNS = {
+    "shape": lambda row: row["shape"],
+    "dtype": lambda row: row["dtype"],
+    "provider": lambda row: row["provider"] + (" WRONG" if "wrong" in row else ""),
+    "ms p20": _form("ms_p20", "{:.3g}"),
+    "p50": _form("ms_p50", "{:.3g}"),
+    "p80": _form("ms_p80", "{:.3g}"),
+    "/ eager": _form("ratio_p50", "{:.2f}"),
+    "% of roof": _form("roof_percent", "{:.0f}"),
+    "GB/s": _form("gb_s", "{:.1f}"),
+    "% of copy": _form("copy_percent", "{:.0f}"),
+    "extra MiB": _form("peak_extra_bytes", "{:.0f}", 2**-20),
+    "error at 0.5": _form("gradient_error_0.5", "{:.1e}"),
+    "at 0.005": _form("gradient_error_0.005", "{:.1e}"),
+}
+
+
+def plot(rows: Sequence[Row], run: dict[str, Any], path: Path) -> None:
+    """The rows of a run as dots: share of the roof, and peak extra memory."""
+    panels = [
+        Panel("% of the roof: bytes at copy bandwidth, or the GEMMs", _by_shape(rows, "roof_percent"), limit=100.0),
+        Panel("peak extra memory, MiB", _by_shape(rows, "peak_extra_bytes", 2**-20), log=True),
+    ]
+    changed = ", changed since" if run["dirty"] else ""
+    software = f"torch {run['versions'].get('torch')}, commit {(run['commit'] or 'unknown')[:12]}{changed}"
+    draw(path, f"reverse KL, forward and backward: {run['name']}, {run['cores']} CPU cores, {software}", panels)
+
+
+def _by_shape(rows: Sequence[Row], field: str, scale: float = 1.0) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if field in row and row["provider"] != "gemm":
+            found.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row[field] * scale
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
