@@ -56,11 +56,14 @@ class Family:
 
     decoder: str  # the module from tokens to the state that the lm_head takes
     layers: str = "layers"  # the decoder's list of layers
-    lm_head: str = "lm_head"
+    softcap: str | None = None  # the name, in the configuration, of the soft-cap of its logits
 
 
 FAMILIES = {
     "GPT2LMHeadModel": Family("transformer", "h"),
+    "GPTNeoXForCausalLM": Family("gpt_neox"),
+    "Gemma2ForCausalLM": Family("model", softcap="final_logit_softcapping"),
+    "Gemma3ForCausalLM": Family("model", softcap="final_logit_softcapping"),  # text only
     "LlamaForCausalLM": Family("model"),
     "MistralForCausalLM": Family("model"),
     "OPTForCausalLM": Family("model.decoder"),  # applies project_out and, where it has one, the final norm
@@ -70,10 +73,19 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """The row of FAMILIES of a transformers model. Raises ConfigError for a class that is not in it."""
+    """The row of FAMILIES of a transformers model.
+
+    Raises ConfigError for a class that is not in it, and for a model whose tokens see what comes after them.
+    """
     cls = type(model)
     if cls.__name__ not in FAMILIES or not cls.__module__.startswith("transformers.models."):
         raise _unknown(f"{cls.__module__}.{cls.__name__}")
+    config: Any = model.config
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        raise ConfigError(
+            f"this {cls.__name__} attends to later tokens too (config.json); "
+            "only models that predict the next token from those before it can be distilled"
+        )
     return FAMILIES[cls.__name__]
 
 
@@ -93,11 +105,12 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 def head_of(model: PreTrainedModel) -> Head:
     """The lm_head of a model; the weight is the parameter itself, so gradients reach it. Raises ConfigError."""
-    head = model.get_submodule(family_of(model).lm_head)
+    family, head = family_of(model), model.get_output_embeddings()  # GPT-NeoX's has another name up to 5.2x
     if type(head) is not nn.Linear:
         kind = type(head).__name__
         raise ConfigError(f"the lm_head of this {type(model).__name__} is a {kind}, not a plain nn.Linear")
-    return Head(head.weight, head.bias)
+    softcap = getattr(model.config, family.softcap) if family.softcap else None
+    return Head(head.weight, head.bias, softcap=softcap)
 
 
 def backbone(
@@ -292,7 +305,8 @@ def load_model(
 
     folder = Path(folder)
     check_folder(folder, folder)
-    names = read_json(folder / "config.json").get("architectures") or []
+    config = read_json(folder / "config.json")
+    names = config.get("architectures") or []
     if names and names[0] not in FAMILIES:  # said before gigabytes are read
         raise _unknown(names[0])
     options: dict[str, Any] = {}
@@ -303,7 +317,7 @@ def load_model(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
-                attn_implementation=attention,
+                attn_implementation=_attention(config, attention),
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 local_files_only=True,
@@ -325,6 +339,11 @@ def load_model(
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None  # where pad == eos it drops the end token's gradient; padding never counts here
     return model.eval() if quantization_config is not None else model.to(device).eval()
+
+
+def _attention(config: dict[str, Any], attention: str) -> str:
+    """Gemma 2 soft-caps its attention scores. SDPA cannot: transformers 5.10 leaves the cap out there, 5.23 refuses."""
+    return "eager" if attention == "sdpa" and config.get("model_type") == "gemma2" else attention
 
 
 def _no_dropout(model: PreTrainedModel) -> None:

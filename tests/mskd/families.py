@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -17,6 +20,8 @@ from transformers import (
 V, PAD = 96, 1
 SMALL = dict(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
 ROPE = SMALL | dict(intermediate_size=48, num_key_value_heads=2, pad_token_id=PAD, initializer_range=0.2)
+# Caps and windows so tight that leaving one out is seen; no other soft-cap than 2.5 may be guessed.
+GEMMA = ROPE | dict(head_dim=8, query_pre_attn_scalar=5, sliding_window=4, final_logit_softcapping=2.5)
 OPT = SMALL | dict(ffn_dim=48, word_embed_proj_dim=32, pad_token_id=PAD, init_std=0.2, dropout=0.1)
 FAMILY_CONFIGS = {
     "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2),
@@ -28,6 +33,11 @@ FAMILY_CONFIGS = {
     "qwen2": Qwen2Config(**ROPE),
     "qwen2-sliding": Qwen2Config(**ROPE, use_sliding_window=True, sliding_window=3, max_window_layers=1),
     "qwen3": Qwen3Config(**ROPE, head_dim=8),
+    "gemma2": Gemma2Config(**GEMMA, attn_logit_softcapping=1.5, attn_implementation="eager"),
+    "gemma3": Gemma3TextConfig(**GEMMA | dict(final_logit_softcapping=None), sliding_window_pattern=2),
+    "gemma3-capped": Gemma3TextConfig(**GEMMA, sliding_window_pattern=3, tie_word_embeddings=False),
+    "gpt-neox": GPTNeoXConfig(**SMALL, intermediate_size=48, initializer_range=0.2, hidden_dropout=0.1),
+    "gpt-neox-serial": GPTNeoXConfig(**SMALL, intermediate_size=48, initializer_range=0.2, use_parallel_residual=False),
     "mistral": MistralConfig(**ROPE, sliding_window=4),
 }
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_tokenizer
 from tokenizers import normalizers
 from torch import nn
-from transformers import Gemma2Config, GPTNeoXConfig, PreTrainedModel
+from transformers import CohereConfig, Gemma3TextConfig, GraniteConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mskd import quantize
@@ -70,7 +70,9 @@ def batch() -> SequenceBatch:
 
 
 def logits_of(hidden: torch.Tensor, head: Head) -> torch.Tensor:
-    return F.linear(hidden, head.weight, head.bias)
+    """Of a head without a scale, as every family's is."""
+    logits = F.linear(hidden, head.weight, head.bias)
+    return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
 
 # -- heads and backbones --------------------------------------------------------------------------
@@ -82,6 +84,7 @@ def test_backbone_and_head_are_the_model(family):
         expected = family(ids).logits
         hidden, cache = backbone(family, ids)
     assert cache is None
+    assert head_of(family).scale == 1
     assert torch.equal(logits_of(hidden, head_of(family)), expected)
     assert num_layers(family) == num_layers(family.config) == len(layers_of(family)) == 3
 
@@ -117,15 +120,15 @@ def test_decoding_with_a_cache_and_left_padding_is_the_full_forward(family):
 @pytest.mark.parametrize(
     "config",
     [
-        GPTNeoXConfig(**SMALL, intermediate_size=48),
-        Gemma2Config(**SMALL, intermediate_size=48, num_key_value_heads=2, head_dim=8),
+        CohereConfig(**SMALL, intermediate_size=48, logit_scale=0.25),
+        GraniteConfig(**SMALL, intermediate_size=48, logits_scaling=4.0),
     ],
-    ids=["gpt-neox", "gemma2"],
+    ids=["cohere", "granite"],
 )
 def test_an_unknown_head_is_refused(config, tmp_path, cpu):
     model = build(config)
     for use in (head_of, layers_of, decoder_of, Student, lambda m: backbone(m, torch.tensor([[3]]))):
-        with pytest.raises(ConfigError, match="is not understood and not guessed; known: GPT2LMHeadModel, Llama"):
+        with pytest.raises(ConfigError, match="is not understood and not guessed; known: GPT2LMHeadModel, GPTNeoX"):
             use(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not understood"):
@@ -140,6 +143,30 @@ def test_a_replaced_head_or_class_is_refused():
     theirs = type("LlamaForCausalLM", (nn.Module,), {"__module__": "transformers_modules.somebody"})()
     with pytest.raises(ConfigError, match="transformers_modules.somebody.LlamaForCausalLM is not understood"):
         head_of(theirs)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path, cpu):
+    config = Gemma3TextConfig(**SMALL, intermediate_size=48, head_dim=8, use_bidirectional_attention=True)
+    model = build(config)
+    for use in (head_of, layers_of, Student, lambda m: backbone(m, torch.tensor([[3]]))):
+        with pytest.raises(ConfigError, match="Gemma3ForCausalLM attends to later tokens too"):
+            use(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="attends to later tokens too"):
+        load_teacher(tmp_path, "fp32", cpu)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_gemma2_is_loaded_with_the_attention_that_caps_its_scores(attention, tmp_path):
+    model = build(FAMILY_CONFIGS["gemma2"])
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path, attention=attention)
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        for layer in layers_of(model):
+            layer.self_attn.attn_logit_softcapping = None
+        assert (again(ids).logits - model(ids).logits).abs().max() > 0.01  # it matters here
 
 
 # -- the student ----------------------------------------------------------------------------------
