@@ -4,13 +4,15 @@
     for step in range(first, steps):
         micros = source.work(step)            # depends on the step's number and the weights alone
 
-A step's sequences are the same however many processes share them out: see `deal` and `OnPolicy.mine`.
+A step's sequences are the same however many processes share them out: see `deal` and `OnPolicy.mine`. They are cut into
+forwards of little padding (mskd.packing), which depends on their lengths alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from mskd import checkpoint, objective
 from mskd.config import KdPhase, MinillmPhase, SftPhase
 from mskd.data import Example, SequenceBatch, end_token_id, order
 from mskd.models import copy_as
+from mskd.packing import cut, fill_rows
 from mskd.rollout import Rollout, sample
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from mskd.hop import Job
 
 Micro = tuple[SequenceBatch, Any]  # one forward: its sequences and their loss (an objective.Loss)
+Ids = Sequence[int]
 
 
 class OnData:
@@ -66,11 +70,12 @@ class OnPolicy:
     def work(self, step: int) -> list[Micro]:
         number, inside = divmod(step, self.steps_per_round)
         if self.round != number:
-            self._score(number, self._sample(number))
+            with self.teacher.on_device():
+                self._score(number, self._sample(number))
         epoch, batch = divmod(inside, self.batches)
         chosen = self._batch(number, epoch, batch)
-        micros = [self._micro(part) for part in chunks(chosen, self.phase.micro_batch_size)]
-        return micros + self._text(step)
+        parts = forwards(self.job, self.rollout.offsets.diff()[chosen].tolist(), self.phase.micro_batch_size)
+        return [self._micro([chosen[i] for i in part]) for part in parts] + self._text(step)
 
     def mine(self) -> list[int]:
         """This process's sequences of a round: whole lanes, so that a sequence never changes its process.
@@ -82,15 +87,14 @@ class OnPolicy:
         return [i for i in range(self.phase.rollouts) if i % self.phase.batch_size % world == rank]
 
     def _batch(self, number: int, epoch: int, batch: int) -> list[int]:
-        """Places in `self.rollout` of this process's share of one optimizer batch, shortest sequences first."""
+        """Places in `self.rollout` of this process's share of one optimizer batch."""
         place = {sequence: i for i, sequence in enumerate(self.mine())}
         lanes = sorted({sequence % self.phase.batch_size for sequence in place})
         chosen = []
         for lane in lanes:
             seed = checkpoint.stream_seed(self.seed, "lane", number, lane)
             chosen.append(place[order(self.batches, epoch, seed)[batch] * self.phase.batch_size + lane])
-        lengths = self.rollout.offsets.diff()
-        return sorted(chosen, key=lambda i: (int(lengths[i]), i))
+        return chosen
 
     def _sample(self, number: int) -> Rollout:
         job, phase = self.job, self.phase
@@ -129,31 +133,36 @@ class OnPolicy:
         return self.sampler
 
     def _score(self, number: int, rollout: Rollout) -> None:
-        """One pass of the frozen teacher: its hidden states serve rewards and every epoch of the round."""
+        """One pass of the frozen teacher: its hidden states serve p(y), rewards and every epoch of the round."""
         job, phase = self.job, self.phase
-        hidden = []
-        for part in chunks(range(len(rollout)), phase.rollout_batch_size):
-            batch = rollout.select(part).to_batch(job.tokenizer.pad_token_id)
-            hidden.append(self.teacher.hidden(batch.to(job.hardware.device)))
-        self.teacher_hidden = torch.cat(hidden)
-        if rollout.teacher_logprobs is None:
-            rollout = objective.score(rollout, self.teacher_hidden, self.teacher.head, phase, **loss_options(job))
+        parts = forwards(job, rollout.offsets.diff().tolist(), phase.rollout_batch_size)
+        states = HiddenStates(rollout.response_lengths.tolist(), job.config.run.teacher_cache_mb * 2**20)
+        scored = []
+        with self.teacher.on_device():
+            for part in parts:
+                chosen = rollout.select(part)
+                batch = lay_out(job, chosen.prompts(), chosen.responses())
+                hidden = self.teacher.hidden(batch.to(job.hardware.device))
+                states.put(part, hidden)
+                if rollout.teacher_logprobs is None:
+                    scored.append(objective.score(chosen, hidden, self.teacher.head, phase, **loss_options(job)))
+        if scored:
+            rollout = filled(rollout, parts, scored)
+        self.teacher_hidden = states
         self.advantages = objective.advantages(rollout, phase, reduce=lambda t: across(job, t))
         self.rollout, self.round = rollout, number
 
     def _micro(self, places: list[int]) -> Micro:
-        job = self.job
         part = self.rollout.select(places)
-        flat = self.rollout.token_indices(places)
         loss = objective.minillm_loss(
             part,
-            self.advantages[flat],
-            self.teacher_hidden[flat.to(self.teacher_hidden.device)],
+            self.advantages[self.rollout.token_indices(places)],
+            self.teacher_hidden.get(places),
             self.teacher.head,
             self.phase,
-            **loss_options(job),
+            **loss_options(self.job),
         )
-        return part.to_batch(job.tokenizer.pad_token_id), loss
+        return lay_out(self.job, part.prompts(), part.responses()), loss
 
     def _text(self, step: int) -> list[Micro]:
         """The plain-text term: as many blocks of the corpus as the batch has sequences; off without a corpus."""
@@ -164,13 +173,12 @@ class OnPolicy:
             stream(job.text, step, phase.batch_size, checkpoint.stream_seed(self.seed, "text")), job.accelerator
         )
         micros = []
-        for part in chunks(blocks, phase.micro_batch_size):
-            batch = SequenceBatch.from_sequences(
-                [b[:1] for b in part], [b[1:] for b in part], job.tokenizer.pad_token_id
-            )
-            hidden = self.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
-            head = self.teacher.head if phase.kd_ratio else None
-            micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
+        with self.teacher.on_device() if phase.kd_ratio else nullcontext():
+            for part in forwards(job, [len(b) for b in blocks], phase.micro_batch_size):
+                batch = lay_out(job, [blocks[i][:1] for i in part], [blocks[i][1:] for i in part])
+                hidden = self.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
+                head = self.teacher.head if phase.kd_ratio else None
+                micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
         return micros
 
     def state(self, step: int) -> dict[str, torch.Tensor]:
@@ -190,6 +198,43 @@ class OnPolicy:
         own: dict[str, Any] = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
         if own:
             self._score(step // self.steps_per_round, Rollout(**{"teacher_logprobs": None, **own}))
+
+
+class HiddenStates:
+    """The teacher's hidden states at the response tokens of a round, by sequence, in the dtype that it computed.
+
+    They stay on its device up to `budget` bytes; more lie in pinned host memory, from which a copy to a GPU does not
+    wait. lengths: response tokens of every sequence.
+    """
+
+    def __init__(self, lengths: list[int], budget: int) -> None:
+        self.lengths, self.budget = lengths, budget
+        self.parts: Sequence[torch.Tensor] = ()
+
+    def put(self, places: Sequence[int], hidden: torch.Tensor) -> None:
+        """Keep the states [n, H] of the sequences at `places`."""
+        if not self.parts:
+            self.device = hidden.device
+            self.parts = self._room(hidden).split(self.lengths)
+        for i, part in zip(places, hidden.split([self.lengths[i] for i in places]), strict=True):
+            self.parts[i].copy_(part, non_blocking=True)
+
+    def get(self, places: Sequence[int]) -> torch.Tensor:
+        """The states [n, H] of the sequences at `places`, on the teacher's device."""
+        return torch.cat([self.parts[i].to(self.device, non_blocking=True) for i in places])
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        shape = sum(self.lengths), like.shape[1]
+        if like.is_cuda and shape[0] * shape[1] * like.element_size() > self.budget:
+            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
+        return like.new_empty(shape)
+
+
+def filled(rollout: Rollout, parts: Sequence[Sequence[int]], scored: Sequence[Rollout]) -> Rollout:
+    """The rollout with the log-probabilities that scoring gave to its parts, lists of its sequences."""
+    back = torch.cat([rollout.token_indices(part) for part in parts]).argsort()
+    names = ("mixture_logprobs", "teacher_logprobs")
+    return replace(rollout, **{n: torch.cat([getattr(part, n) for part in scored])[back] for n in names})
 
 
 def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
@@ -222,18 +267,32 @@ def deal(batch: list, accelerator: Accelerator) -> list:
     return batch[accelerator.process_index :: accelerator.num_processes]
 
 
+def forwards(job: Job, lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Sequences of these lengths cut into forwards of at most `most`, as lists of places, longest first."""
+    return cut(lengths, most, job.config.train.batching)
+
+
+def lay_out(job: Job, prompts: Sequence[Ids], responses: Sequence[Ids]) -> SequenceBatch:
+    """One forward over sequences: a row each, or several in a row where the configuration packs them."""
+    rows = None
+    if job.config.train.batching == "pack":
+        flash = job.hardware.attention == "flash_attention_2"  # its kernel for sequences of any length takes one row
+        rows = fill_rows([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], most=1 if flash else None)
+    return SequenceBatch.from_sequences(prompts, responses, job.tokenizer.pad_token_id, rows=rows)
+
+
 def supervised(job: Job, phase: SftPhase | KdPhase, examples: Sequence[Example]) -> list[Micro]:
-    """Forwards over examples of the data, longest with longest, so that little is padding."""
-    pad, device = job.tokenizer.pad_token_id, job.hardware.device
+    """Forwards over examples of the data."""
     micros = []
-    ordered = sorted(examples, key=lambda e: len(e.prompt_ids) + len(e.response_ids))
-    for part in chunks(ordered, phase.micro_batch_size):
-        batch = SequenceBatch.from_sequences([e.prompt_ids for e in part], [e.response_ids for e in part], pad)
-        if isinstance(phase, KdPhase):
-            assert job.teacher is not None
-            hidden = job.teacher.hidden(batch.to(device))
-            loss = objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
-        else:
-            loss = objective.sft_loss(batch, **loss_options(job))
-        micros.append((batch, loss))
+    parts = forwards(job, [len(e.prompt_ids) + len(e.response_ids) for e in examples], phase.micro_batch_size)
+    with job.teacher.on_device() if isinstance(phase, KdPhase) and job.teacher else nullcontext():
+        for part in parts:
+            batch = lay_out(job, [examples[i].prompt_ids for i in part], [examples[i].response_ids for i in part])
+            if isinstance(phase, KdPhase):
+                assert job.teacher is not None
+                hidden = job.teacher.hidden(batch.to(job.hardware.device))
+                loss = objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
+            else:
+                loss = objective.sft_loss(batch, **loss_options(job))
+            micros.append((batch, loss))
     return micros

@@ -347,7 +347,10 @@ class Chain:
     def _run_evaluation(self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher]) -> dict[str, Any]:
         eos = end_token_id(self.tokenizer, self.config.data.template)
         c = self.config.evaluation
-        return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=eos)
+        with contextlib.ExitStack() as stack:
+            for teacher in teachers.values():
+                stack.enter_context(teacher.on_device())
+            return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=eos)
 
     def _judges(self, node: Node) -> list[Node]:
         """Whose distributions a model is compared with: the top teacher of its path and the teacher of its hop."""
@@ -360,8 +363,13 @@ class Chain:
             if len(self._loaded) == 2:
                 del self._loaded[max(self._loaded, key=len)]  # the one lower in the chain; the top serves every hop
             c = node.config
-            loaded = models.load_teacher(node.folder, c.precision, self.hardware, trust_remote_code=c.trust_remote_code)
-            self._loaded[node.key] = loaded
+            self._loaded[node.key] = models.load_teacher(
+                node.folder,
+                c.precision,
+                self.hardware,
+                trust_remote_code=c.trust_remote_code,
+                offload=self.config.run.teacher_offload,
+            )
         return self._loaded[node.key]
 
     def _eval_file(self, folder: Path, teachers: list[Node]) -> Path:

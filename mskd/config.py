@@ -21,6 +21,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 Precision = Literal["int8", "llm_int8", "fp16", "bf16", "fp32"]
 Keep = Literal["last", "best"]
+Batching = Literal["bucket", "pack"]
 
 
 class ConfigError(ValueError):
@@ -40,7 +41,7 @@ class PhaseBase(Frozen):
     steps: int | None = Field(None, ge=1, description="optimizer steps; with epochs, whichever comes first")
     epochs: float | None = Field(None, gt=0, description="passes over the training prompts")
     batch_size: int = Field(8, ge=1, description="sequences in one optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="sequences in one forward of one process")
+    micro_batch_size: int = Field(8, ge=1, description="sequences at most in one forward of one process")
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -48,6 +49,7 @@ class PhaseBase(Frozen):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     grad_clip: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes' 8-bit states")
     keep: Keep = "last"
     eval_every: int | None = Field(None, ge=1, description="steps between validations; needed by keep = 'best'")
 
@@ -224,6 +226,9 @@ class TrainConfig(Frozen):
     """How students are trained; part of a node's hash."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the arithmetic, not the weights")
+    batching: Batching = Field(
+        "bucket", description="how padding stays under 5 %: sequences of like length in a forward, or several in a row"
+    )
     gradient_checkpointing: bool = False
     loss_chunk_mb: int = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
 
@@ -234,6 +239,10 @@ class RunConfig(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "triton", "torch"] = Field("auto", description="of the fused losses")
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    teacher_cache_mb: int = Field(
+        2048, ge=0, description="MiB of GPU memory for the teacher's hidden states of a round; more go to pinned memory"
+    )
+    teacher_offload: bool = Field(False, description="the teacher waits in host memory while a GPU does not need it")
     save_every_s: float = Field(120.0, ge=0, description="seconds between resumable states")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     trackers: tuple[str, ...] = Field((), description="accelerate's trackers by name: tensorboard, wandb, trackio, ...")

@@ -24,7 +24,7 @@ from mskd.batches import Micro, OnData, OnPolicy, supervised
 from mskd.config import Config, ConfigError, KdPhase, MinillmPhase, Phase, SftPhase
 from mskd.data import Splits
 from mskd.hardware import Hardware
-from mskd.models import Student, Teacher, save_model
+from mskd.models import Student, Teacher, check_packing, save_model
 from mskd.optim import learning_rate, make_optimizer
 from mskd.rollout import Interrupted
 from mskd.tracking import Tracker
@@ -115,6 +115,14 @@ def backward(accelerator: Accelerator, student: torch.nn.Module, micros: list[Mi
     return objective.means(dict(zip(keys, summed, strict=True)), denominators)
 
 
+def real_tokens(accelerator: Accelerator, micros: list[Micro]) -> float:
+    """Share of the tokens in a step's forwards, over all processes, that are no padding."""
+    masks = [inputs.attention_mask for inputs, _ in micros]
+    counts = torch.tensor([sum(int(m.sum()) for m in masks), sum(m.numel() for m in masks)], device=accelerator.device)
+    real, places = accelerator.reduce(counts, "sum").tolist()
+    return real / places
+
+
 def train(job: Job) -> dict[str, Any]:
     """Run a hop (or a preparation) to its end, from its newest state if there is one. Returns what done.json holds.
 
@@ -122,6 +130,9 @@ def train(job: Job) -> dict[str, Any]:
     row without a finite loss and gradient, ConfigError where the phases cannot run on this data.
     """
     acc, cfg = job.accelerator, job.config
+    if cfg.train.batching == "pack":
+        for model in [job.student] + ([job.teacher.model] if job.teacher else []):
+            check_packing(model, job.hardware.attention)
     student = Student(job.student, gradient_checkpointing=cfg.train.gradient_checkpointing)
     progress, saved = resume(job)
     prepared = acc.prepare(student)
@@ -204,6 +215,7 @@ def step(
     line = {f"train/{k}": v for k, v in stats.items() if k != "tokens"}
     line |= {"train/lr": lr, "train/grad_norm": norm, "train/skipped": progress.skipped}
     line |= {"perf/tokens_per_s": stats["tokens"] / (now - started), "perf/rollout_s": sampled - started}
+    line |= {"perf/real_tokens": real_tokens(acc, micros)}
     if progress.total_step % job.config.run.log_every == 0 or progress.step == steps:
         tracker.log(line, step=progress.total_step, phase_step=progress.step, shown=source.shown)
     if progress.skipped_in_a_row >= MAX_SKIPPED:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from mskd.checkpoint import disk_errors
 from mskd.config import ConfigError, Precision
 from mskd.hardware import Hardware
+from mskd.offload import Waiting
 from mskd.quantize import import_bitsandbytes, quantize_layers
 from mskd.sources import check_folder, content_hash, first_line, quiet, read_json, resolve_source
 
@@ -34,9 +36,10 @@ if TYPE_CHECKING:
     from mskd.data import SequenceBatch
 
 __all__ = [
-    "FAMILIES", "Family", "Head", "Size", "Student", "Teacher", "backbone", "check_precision", "check_same_tokenizer",
-    "content_hash", "copy_as", "decoder_of", "family_of", "head_of", "layers_of", "load_model", "load_teacher",
-    "load_tokenizer", "num_layers", "num_parameters", "resolve_source", "save_model", "size_of",
+    "FAMILIES", "Family", "Head", "Size", "Student", "Teacher", "backbone", "check_offload", "check_packing",
+    "check_precision", "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of", "head_of",
+    "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers", "num_parameters", "resolve_source",
+    "save_model", "size_of",
 ]  # fmt: skip
 
 
@@ -57,6 +60,7 @@ class Family:
     decoder: str  # the module from tokens to the state that the lm_head takes
     layers: str = "layers"  # the decoder's list of layers
     softcap: str | None = None  # the name, in the configuration, of the soft-cap of its logits
+    packs: bool = True  # its masks keep sequences apart whose positions begin anew within a row
 
 
 FAMILIES = {
@@ -66,7 +70,7 @@ FAMILIES = {
     "Gemma3ForCausalLM": Family("model", softcap="final_logit_softcapping"),  # text only
     "LlamaForCausalLM": Family("model"),
     "MistralForCausalLM": Family("model"),
-    "OPTForCausalLM": Family("model.decoder"),  # applies project_out and, where it has one, the final norm
+    "OPTForCausalLM": Family("model.decoder", packs=False),  # applies project_out and a final norm where it has them
     "Qwen2ForCausalLM": Family("model"),
     "Qwen3ForCausalLM": Family("model"),
 }
@@ -124,8 +128,9 @@ def backbone(
     """Hidden states right before the lm_head, and the KV cache.
 
     input_ids [B, T] int64; attention_mask [B, past + T], 1 = counts, padding on either side, None = all count;
-    position_ids [B, T], default: the number of counting tokens before each. Returns hidden [B, T, H] and a cache: None
-    without use_cache; `past_key_values` itself, grown, where it was given. Raises ConfigError for an unknown family.
+    position_ids [B, T], default: the number of counting tokens before each; without a mask they may begin anew within a
+    row, where another sequence begins. Returns hidden [B, T, H] and a cache: None without use_cache;
+    `past_key_values` itself, grown, where it was given. Raises ConfigError for an unknown family.
     """
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -input_ids.shape[1] :]
@@ -144,8 +149,31 @@ def _hidden_at(model: PreTrainedModel, inputs: SequenceBatch) -> Tensor:
 
     Padding is on the right and attention is causal, so what counts never sees it. No mask is the fastest attention.
     """
-    hidden, _ = backbone(model, inputs.input_ids)
+    mask = None if inputs.position_ids is None else _packed_mask(model, inputs.input_ids, inputs.position_ids)
+    hidden, _ = backbone(model, inputs.input_ids, mask, inputs.position_ids)
     return hidden.flatten(0, 1).index_select(0, inputs.positions)
+
+
+def _packed_mask(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+    """The mask of rows that hold several sequences, where the family's class does not make it from their positions."""
+    if family_of(model).packs:
+        return None
+    from transformers.masking_utils import create_causal_mask
+
+    # Shape, dtype and device are what is read of the states.
+    states = torch.empty(*input_ids.shape, 0, dtype=head_of(model).weight.dtype, device=input_ids.device)
+    options: dict[str, Any] = {"inputs_embeds": states, "position_ids": position_ids}
+    mask: Any = create_causal_mask(config=model.config, attention_mask=None, past_key_values=None, **options)
+    return mask
+
+
+def check_packing(model: PreTrainedModel, attention: str) -> None:
+    """Raise ConfigError unless rows of several sequences (`train.batching = "pack"`) can run with this attention."""
+    if attention == "flash_attention_2" and not family_of(model).packs:
+        raise ConfigError(
+            f"train.batching = 'pack': {type(model).__name__} does not keep the sequences of a row apart under "
+            "flash-attn; use batching = 'bucket' or run.attention = 'sdpa'"
+        )
 
 
 def num_layers(model_or_config: Any) -> int:
@@ -220,26 +248,36 @@ class Teacher:
 
     model: PreTrainedModel
     precision: Precision
+    waiting: Waiting | None = None  # its weights but the head's, where they wait in host memory
 
     @property
     def head(self) -> Head:
         return head_of(self.model)
 
+    def on_device(self) -> AbstractContextManager[None]:
+        """Inside, the whole model is on its device; `hidden` does this by itself. The head is there all the time."""
+        return nullcontext() if self.waiting is None else self.waiting.lent()
+
     @torch.no_grad()
     def hidden(self, inputs: SequenceBatch) -> Tensor:
         """Hidden states [N, Ht] at inputs.positions, in the teacher's dtype, whatever autocast is on."""
-        with torch.autocast(inputs.input_ids.device.type, enabled=False):
+        with self.on_device(), torch.autocast(inputs.input_ids.device.type, enabled=False):
             return _hidden_at(self.model, inputs)
 
 
-def load_teacher(folder: Path, precision: Precision, hardware: Hardware, *, trust_remote_code: bool = False) -> Teacher:
+def load_teacher(
+    folder: Path, precision: Precision, hardware: Hardware, *, trust_remote_code: bool = False, offload: bool = False
+) -> Teacher:
     """The frozen model of a folder, its layers' weights in `precision`, on hardware.device.
 
     int8: weight-only (see quantize.py), activations in hardware.teacher_dtype. Embedding and lm_head stay in it too:
     one is a lookup and no GEMM, they are often the same tensor, errors of the head go straight into the logits, and the
-    fused losses take its weight as it is. Raises ConfigError.
+    fused losses take its weight as it is. offload: the layers wait in host memory while they do not compute. Raises
+    ConfigError.
     """
     check_precision(precision, hardware)
+    if offload:
+        check_offload(precision, hardware)
     dtype, device = hardware.teacher_dtype, hardware.device
     options: dict[str, Any] = {"attention": hardware.attention, "trust_remote_code": trust_remote_code}
     if precision == "int8":
@@ -259,8 +297,17 @@ def load_teacher(folder: Path, precision: Precision, hardware: Hardware, *, trus
     else:
         own = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
         model = load_model(folder, dtype=own, device=device, **options)
-    family_of(model)
-    return Teacher(model.requires_grad_(False).eval(), precision)
+    head = head_of(model.requires_grad_(False).eval())
+    stay = [t for t in (head.weight, head.bias) if t is not None]
+    return Teacher(model, precision, Waiting(model, stay=stay, device=device) if offload else None)
+
+
+def check_offload(precision: Precision, hardware: Hardware) -> None:
+    """Raise ConfigError unless a teacher of this precision can wait in host memory (`run.teacher_offload`)."""
+    if hardware.device.type == "cpu":
+        raise ConfigError("run.teacher_offload: on a CPU the teacher is in host memory already; leave it off")
+    if precision == "llm_int8":
+        raise ConfigError("run.teacher_offload: the weights of LLM.int8 cannot be moved; use int8, or leave it off")
 
 
 def check_precision(precision: Precision, hardware: Hardware) -> None:

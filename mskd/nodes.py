@@ -63,6 +63,8 @@ class Graph:
         for path in config.chain.paths:
             for name in path[:-1]:
                 models.check_precision(config.models[name].precision, hardware)
+                if config.run.teacher_offload:
+                    models.check_offload(config.models[name].precision, hardware)
         self.folders: dict[str, Path] = {}
         for name in used:
             source = config.models[name].source
