@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-out
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/mskd distill demo --out $(OUT)
@@ -21,12 +21,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy kernels/mskd_kernels mskd
 
+bench: $(STAMP)-bench
+	$(BIN)/python -m bench.kl_kernel
+
 # The versions that were tested together, from constraints.txt; the package itself has no upper bounds.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"mskd needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,track,dev]'
 	touch $(STAMP)
+
+# The peers of the benchmarks, in the same versions.
+$(STAMP)-bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,track,dev,bench]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -31,6 +31,7 @@ from bench.harness import (
     finish,
     gate,
     interleave,
+    merge,
     peak_extra_bytes,
     read_results,
     result_file,
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows, left_out = rows + found, left_out | missing
         print(table(found, COLUMNS) + "\n", flush=True)
     if folder and rows:
-        plot(rows, run, result_file(folder, run).with_suffix(".png"))
+        plot(result_file(folder, run), run, rows)
     return finish("kl_kernel", run, rows, left_out, folder)
 
 
@@ -201,15 +202,17 @@ COLUMNS = {
 }
 
 
-def plot(rows: Sequence[Row], run: dict[str, Any], path: Path) -> None:
-    """The rows of a run as dots: share of the roof, and peak extra memory."""
+def plot(results: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Share of the roof and peak extra memory, of all shapes in the result file and this run, to a PNG beside it."""
+    merged = merge(read_results(results) if results.exists() else None, run, rows)
+    rows = [row for row in merged["rows"] if row["benchmark"] == "kl_kernel"]
     panels = [
         Panel("% of the roof: bytes at copy bandwidth, or the GEMMs", _by_shape(rows, "roof_percent"), limit=100.0),
         Panel("peak extra memory, MiB", _by_shape(rows, "peak_extra_bytes", 2**-20), log=True),
     ]
-    changed = ", changed since" if run["dirty"] else ""
-    software = f"torch {run['versions'].get('torch')}, commit {(run['commit'] or 'unknown')[:12]}{changed}"
-    draw(path, f"reverse KL, forward and backward: {run['name']}, {run['cores']} CPU cores, {software}", panels)
+    measured = ", ".join(sorted({row["run"] for row in rows}))
+    title = f"reverse KL, forward and backward: {run['name']}, {run['cores']} CPU cores\nmeasured {measured}"
+    draw(results.with_suffix(".kl_kernel.png"), title, panels)
 
 
 def _by_shape(rows: Sequence[Row], field: str, scale: float = 1.0) -> dict[str, dict[str, float]]:

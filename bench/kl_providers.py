@@ -31,10 +31,11 @@ def providers(inputs: Inputs) -> tuple[dict[str, Call], dict[str, str]]:
     """({provider: call}, {provider: why it is left out}) for the inputs' shape and device."""
     table, missing = (LINEAR, dict(PEERS)) if len(inputs) == 4 else (LOGITS, {})
     device = inputs[0].device
-    left_out = {}
-    for name, package in missing.items():
-        if installed(package) is None:
-            left_out[name] = f"{package} is not installed (pip install 'mskd[bench]')"
+    left_out = {
+        name: f"{package} is not installed (pip install 'mskd[bench]')"
+        for name, package in missing.items()
+        if installed(package) is None
+    }
     if device.type != "cuda":
         left_out |= {name: "needs a CUDA GPU" for name in table if name in GPU_ONLY and name not in left_out}
         if not _has_cpp_compiler():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import log10
 from pathlib import Path
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
@@ -47,14 +48,21 @@ def draw(path: Path, title: str, panels: Sequence[Panel]) -> None:
     pyplot.close(figure)
 
 
+def _decades(panel: Panel) -> float:
+    values = [x for row in panel.rows.values() for x in row.values() if x > 0]
+    return log10(max(values) / min(values)) if values else 0.0
+
+
 def _dots(axis, panel: Panel, series: Sequence[str], labels: Sequence[str]) -> None:
     for i, name in enumerate(series):
         found = [(row[name], labels.index(label)) for label, row in panel.rows.items() if name in row]
         x, y = zip(*found, strict=True) if found else ((), ())
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS) % len(MARKERS)]}
-        axis.plot(x, y, linestyle="", label=name, alpha=0.8, **style)
+        axis.plot(x, y, linestyle="", label=name, alpha=0.7, **style)
     if panel.log:
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}" if _decades(panel) < 1 else "")
     if panel.limit is not None:
         axis.axvline(panel.limit, color="0.5", linewidth=1)
     axis.set_xlabel(panel.unit, fontsize=8)
