@@ -1,10 +1,11 @@
-"""Statistics of stored evaluations: means with 95 % bootstrap intervals, paired comparison of two models.
+"""Statistics of stored evaluations: means with 95 % bootstrap intervals, comparisons of two models and of many.
 
 Input are the lines that `mskd.evaluate.evaluate` writes, one for each item and seed. The item (the prompt) is always
-the unit that is resampled; an item's values are averaged over its seeds first. Plain numpy, no model is needed.
+the unit that is resampled; an item's values are averaged over its seeds first. Numpy and scipy, no model is needed.
 
     summary = summarize("evals/.../test-quick.jsonl")
     test = paired_bootstrap(item_values(after, "reverse_kl", "teacher"), item_values(before, "reverse_kl", "teacher"))
+    p_values = holm([paired_permutation(a, b) for a, b in pairs])
 """
 
 from __future__ import annotations
@@ -103,6 +104,69 @@ def paired_bootstrap(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str
         "items_below_zero": float((difference < 0).mean()),
         "items": len(difference),
     }
+
+
+def paired_permutation(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """Two-sided p-value of "a and b have the same mean", from a permutation test on the same items.
+
+    Under that hypothesis the two values of an item may be exchanged: the mean difference is compared with those of
+    RESAMPLES random exchanges, of all of them where there are fewer (scipy.stats.permutation_test). Raises ValueError
+    where the two were not measured on the same items, or on fewer than two.
+    """
+    from scipy import stats
+
+    if len(a) < 2 or a.keys() != b.keys():
+        raise ValueError(f"a paired comparison needs the same items on both sides, got {len(a)} and {len(b)}")
+    sides = [np.array([x[i] for i in sorted(a)], dtype=np.float64) for x in (a, b)]
+    test = stats.permutation_test(
+        sides,
+        lambda x, y, axis: (x - y).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=500,
+        rng=np.random.default_rng(SEED),
+    )
+    return float(test.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of the p-values of one table, in their order (Holm 1979, Scand. J. Statist. 6)."""
+    n, largest = len(p_values), 0.0
+    corrected = [0.0] * n
+    for rank, i in enumerate(sorted(range(n), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (n - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def anova(groups: Sequence[Iterable[float]]) -> dict[str, Any] | None:
+    """One-way analysis of variance: f and p of "all groups have one mean", and their number (scipy.stats.f_oneway).
+
+    None with fewer than two groups, with a group of fewer than two values, or where no value varies.
+    """
+    from scipy import stats
+
+    values = [np.array(list(g), dtype=np.float64) for g in groups]
+    if len(values) < 2 or min(map(len, values)) < 2 or not any(np.ptp(v) > 0 for v in values):
+        return None
+    test = stats.f_oneway(*values)
+    return {"f": float(test.statistic), "p": float(test.pvalue), "groups": len(values)}
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
+    """Spearman's rank correlation rho and its two-sided p of no monotone relation (scipy.stats.spearmanr).
+
+    None with fewer than three pairs or where a side does not vary. With few pairs p is rough (a t approximation).
+    """
+    from scipy import stats
+
+    if len(x) != len(y):
+        raise ValueError(f"a rank correlation needs pairs, got {len(x)} and {len(y)} values")
+    if len(x) < 3 or len(set(x)) < 2 or len(set(y)) < 2:
+        return None
+    test = stats.spearmanr(x, y)
+    return {"rho": float(test.statistic), "p": float(test.pvalue), "pairs": len(x)}
 
 
 def _exp(x: float) -> float:

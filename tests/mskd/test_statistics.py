@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mskd.statistics import item_values, paired_bootstrap, read_lines, summarize
+from mskd.statistics import (
+    anova,
+    holm,
+    item_values,
+    paired_bootstrap,
+    paired_permutation,
+    read_lines,
+    spearman,
+    summarize,
+)
 
 
 def line(item, seed=1, *, nll=None, tokens=0, rouge=None, answer_tokens=3, kl=0.5, agree=None):
@@ -97,3 +106,46 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text):
         read_lines(path)
     path.write_text(json.dumps(line(0)) + "\n")
     assert summarize(path) == summarize([line(0)])
+
+
+def test_permutation_of_few_items_is_exact():
+    """Three items: 8 exchanges of signs, of which +++ and --- are as extreme as what was seen."""
+    a, b = {0: 3.0, 1: 5.0, 2: 9.0}, {0: 1.0, 1: 2.0, 2: 4.0}
+    assert paired_permutation(a, b) == pytest.approx(2 / 8)
+    assert paired_permutation(b, a) == pytest.approx(2 / 8)
+    assert paired_permutation({0: 1.0, 1: 5.0}, {0: 5.0, 1: 1.0}) == 1.0
+
+
+def test_permutation_agrees_with_the_t_test_on_normal_differences():
+    rng = np.random.default_rng(5)
+    for shift in (0.0, 0.15, 0.4):
+        x, y = rng.normal(size=150), rng.normal(size=150) + shift
+        ours = paired_permutation(dict(enumerate(x)), dict(enumerate(y)))
+        assert ours == pytest.approx(stats.ttest_rel(x, y).pvalue, abs=0.015)
+        assert ours == paired_permutation(dict(enumerate(x)), dict(enumerate(y)))  # the same numbers, the same p
+
+
+def test_permutation_needs_the_same_items():
+    with pytest.raises(ValueError, match="the same items"):
+        paired_permutation({0: 1.0, 1: 2.0}, {0: 1.0, 2: 2.0})
+
+
+def test_holm_agrees_with_statsmodels():
+    from statsmodels.stats.multitest import multipletests
+
+    for p in ([0.01, 0.04, 0.03, 0.005], [0.5, 0.5], [0.9], [0.02, 0.02, 0.02, 0.6, 1.0], list(np.linspace(0, 1, 9))):
+        assert holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+    assert holm([]) == []
+
+
+def test_anova_and_spearman_by_hand():
+    """Groups 1 2 3, 2 3 4 and 6 7 8: between 42 (2 degrees of freedom), within 6 (6): F = 21."""
+    found = anova([[1, 2, 3], [2, 3, 4], [6, 7, 8]])
+    assert found is not None and found["f"] == pytest.approx(21.0) and found["groups"] == 3
+    assert found["p"] == pytest.approx(stats.f.sf(21.0, 2, 6))
+    assert anova([[1, 2]]) is None and anova([[1], [2]]) is None and anova([[1, 1], [1, 1]]) is None
+    ranked = spearman([1, 2, 3, 4, 5], [10, 30, 20, 40, 90])  # one swap of neighbours: 1 - 6 * 2 / (5 * 24)
+    assert ranked is not None and ranked["rho"] == pytest.approx(0.9) and ranked["pairs"] == 5
+    assert spearman([1, 2], [1, 2]) is None and spearman([1, 1, 1], [1, 2, 3]) is None
+    with pytest.raises(ValueError, match="pairs"):
+        spearman([1, 2, 3], [1, 2])
