@@ -16,15 +16,27 @@ from mskd_kernels.linear import (
 )
 from mskd_kernels.logprobs import linear_logprobs, linear_logprobs_reference
 from mskd_kernels.minillm import MiniLLMLoss, minillm_loss, minillm_loss_reference
+from mskd_kernels.supervised import (
+    KDLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_kd_loss,
+    linear_kd_loss_reference,
+)
 
 __all__ = [
     "PROVEN_CAPABILITIES",
+    "KDLoss",
     "MiniLLMLoss",
     "backend_for",
     "divergence",
     "divergence_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "linear_divergence",
     "linear_divergence_reference",
+    "linear_kd_loss",
+    "linear_kd_loss_reference",
     "linear_logprobs",
     "linear_logprobs_reference",
     "linear_minillm_loss",

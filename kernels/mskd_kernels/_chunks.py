@@ -1,220 +1,283 @@
 """Chunks of tokens through lm_heads and the row op: the mechanism of every linear op. No [N, V] tensor exists.
 
-A chunk's raw logits come from vendor GEMMs in the hidden states' dtype (float32 outputs on CUDA, where torch offers
-them, since rounding logits to 16 bits costs several percent of the gradient). The gradient in the logits is stored
-unscaled in the hidden states' dtype; upstream factors such as 1/N come afterwards, in float32. Weight gradients are
-summed in float32.
+A part of the tokens at a time: its raw logits by vendor GEMMs in the hidden states' dtype (float32 outputs on CUDA,
+where torch offers them, since rounding logits to 16 bits costs several percent of the gradient), the row op on them,
+the gradient in the logits in their place, two GEMMs from there. All buffers are made once. Where logits are wider than
+the hidden states their gradient has a buffer of its own, in the hidden states' dtype and for more tokens than one part
+(a group): the gradient of the weight, [V, H] in float32, is then read and written once a group.
+
+The gradient in the logits is stored unscaled; factors such as 1/N come afterwards, in float32. Weight gradients are
+summed in float32, in the order of the tokens. Nothing here knows autograd: `_ops` does.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mskd_kernels import _rows
 from mskd_kernels._inputs import accumulate_dtype
-from mskd_kernels._rows import Coefficients, RowOp
+from mskd_kernels._rows import Coefficients, Objective, RowOp
 
-CHUNK_BYTES = 256 * 1024**2
+CHUNK_BYTES = 1024**3
 _MOST_TOKENS = 4096
 _MOST_TOKENS_CPU = 256  # beyond, GEMMs gain nothing and memory traffic grows
-
-# (value, log q(y)) [n] of a chunk of valid tokens, and which -> (the loss a token, flags a token) [n]
-Objective = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
-# hidden [N, H], weight [V, H], bias [V] or None
-Head = tuple[Tensor, Tensor, Tensor | None]
+_ALIGNMENT = 128  # bytes: rows of our own buffers start on such boundaries
 
 
-def head_statistics(
-    student: Head,
-    teacher: Head | None,
-    tokens: Tensor | None,
-    rows: Tensor | None,
-    op: RowOp,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value, log q(token), log p(token), entropy), each [N], 0 outside `rows`; logits are made again in backward."""
-    return _HeadStatistics.apply(*student, *(teacher or (None, None, None)), tokens, rows, op, chunk_bytes)
+class Head(NamedTuple):
+    """hidden [N, H], weight [V, H], bias [V]."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
 
 
-def head_loss(
-    student: Head,
-    teacher: Head,
-    tokens: Tensor | None,
-    rows: Tensor | None,
-    op: RowOp,
-    chunk_bytes: int,
-    objective: Objective,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of the objective over valid tokens, statistics [N, 9], flags [N]); the gradient is made here and now."""
-    needs = tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in student)
-    return _HeadLoss.apply(*student, *teacher, tokens, rows, op, chunk_bytes, objective, needs)
+class Gradients(NamedTuple):
+    """Of a head's three tensors; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def valid_rows(mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """The indices of valid tokens on `device`; None where all are. Synchronises if the mask lies on a GPU."""
-    return None if mask is None else mask.nonzero().squeeze(1).to(device, non_blocking=True)
+class Heads:
+    """Both sides, of the valid tokens, ready for the GEMMs: weights are cast once, and only where they must be."""
 
-
-class _HeadStatistics(torch.autograd.Function):
-    """Any upstream gradient a token: backward makes the logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, tokens, rows, op, chunk_bytes):
-        heads = _Heads((hidden, weight, bias), (t_hidden, t_weight, t_bias), tokens, rows, op, chunk_bytes)
-        stats = hidden.new_zeros(heads.count, _rows.COLUMNS, dtype=heads.dtype)
-        with _no_autocast(hidden):
-            for part in heads.parts():
-                stats[part] = heads.statistics(part, *heads.logits(part))
-        ctx.save_for_backward(hidden, weight, bias, t_hidden, t_weight, t_bias, tokens, rows, stats)
-        ctx.op, ctx.chunk_bytes = op, chunk_bytes
-        ctx.set_materialize_grads(False)
-        outputs = tuple(x.clone() for x in _scatter(stats, rows, hidden.shape[0])[:, :4].unbind(1))
-        ctx.mark_non_differentiable(outputs[2])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, g_value, g_logprob, _, g_entropy):
-        _rows.refuse_second_derivative()
-        student, teacher = ctx.saved_tensors[:3], ctx.saved_tensors[3:6]
-        tokens, rows, stats = ctx.saved_tensors[6:]
-        upstream = [g if g is None or rows is None else g[rows] for g in (g_value, g_logprob, g_entropy)]
-        if all(g is None for g in upstream):
-            return (None,) * 10
-        heads = _Heads(student, teacher, tokens, rows, ctx.op, ctx.chunk_bytes)
-        sums = _GradientSums(heads, student, ctx.needs_input_grad[:3])
-        scale = _largest(upstream, like=stats)
-        with _no_autocast(stats):
-            for part in heads.parts():
-                coefficients = Coefficients(*(None if g is None else g[part] / scale for g in upstream))
-                sums.add(part, *heads.logits(part), stats[part], coefficients)
-        return *_scaled(sums.result(rows, student[0].shape[0]), scale, student), *(None,) * 7
-
-
-class _HeadLoss(torch.autograd.Function):
-    """The upstream gradient is one scalar: the gradient is made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, t_hidden, t_weight, t_bias, tokens, rows, op, chunk_bytes, objective, needs):
-        student = (hidden, weight, bias)
-        heads = _Heads(student, (t_hidden, t_weight, t_bias), tokens, rows, op, chunk_bytes)
-        sums = _GradientSums(heads, student, needs)
-        stats = hidden.new_zeros(heads.count, _rows.COLUMNS, dtype=heads.dtype)
-        losses = hidden.new_zeros(heads.count, dtype=heads.dtype)
-        flags = hidden.new_zeros(heads.count, dtype=torch.bool)
-        with _no_autocast(hidden):
-            for part in heads.parts():
-                s, t = heads.logits(part)
-                stats[part] = heads.statistics(part, s, t)
-                losses[part], flags[part], coefficients = _evaluate(objective, stats[part], part)
-                if any(needs):
-                    sums.add(part, s, t, stats[part], coefficients)
-        ctx.save_for_backward(*sums.result(rows, hidden.shape[0]))
-        ctx.student = tuple(None if x is None else x.dtype for x in student)
-        outputs = losses.sum(), *(_scatter(x, rows, hidden.shape[0]) for x in (stats, flags))
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        _rows.refuse_second_derivative()
-        return *_scaled(ctx.saved_tensors, upstream, ctx.student), *(None,) * 9
-
-
-class _Heads:
-    """The raw logits of both sides, chunk by chunk, of the valid tokens; weights are cast once."""
-
-    def __init__(self, student, teacher, tokens, rows, op: RowOp, chunk_bytes: int):
-        self.op = op
-        self.vocabulary = min(x[1].shape[0] for x in (student, teacher) if x[1] is not None)
-        self.student = self._prepare(student, rows)
-        self.teacher = self._prepare(teacher, rows) if teacher[0] is not None else None
-        self.tokens = tokens if tokens is None or rows is None else tokens[rows]
-        self.dtype = accumulate_dtype(student[0], teacher[0])
-        self.count = self.student[0].shape[0]
-        self.chunk = self._tokens_per_chunk(chunk_bytes)
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | None,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        op: RowOp,
+        chunk_bytes: int,
+    ):
+        self.op, self.given, self.total = op, student, student.hidden.shape[0]
+        self.rows = None if mask is None else mask.nonzero().squeeze(1).to(student.hidden.device, non_blocking=True)
+        self.vocabulary = min(x.weight.shape[0] for x in (student, teacher) if x is not None)
+        self.student = self._prepare(student)
+        self.teacher = None if teacher is None else self._prepare(teacher)
+        self.tokens = None if tokens is None else self.gather(tokens)
+        self.dtype = accumulate_dtype(student.hidden, None if teacher is None else teacher.hidden)
+        self.count = self.student.hidden.shape[0]
+        self.part, self.group = self._sizes(chunk_bytes)
         self.buffers: dict[str, Tensor] = {}
 
-    def _prepare(self, head: Head, rows: Tensor | None) -> Head:
-        hidden, weight, bias = head
-        hidden = hidden if rows is None else hidden.index_select(0, rows)
-        weight = weight[: self.vocabulary].to(hidden.dtype)
-        return hidden, weight, None if bias is None else bias[: self.vocabulary].to(hidden.dtype)
+    def _prepare(self, head: Head) -> Head:
+        dtype = head.hidden.dtype
+        bias = None if head.bias is None else head.bias[: self.vocabulary].to(dtype)
+        return Head(self.gather(head.hidden), head.weight[: self.vocabulary].to(dtype), bias)
 
-    def _tokens_per_chunk(self, chunk_bytes: int) -> int:
+    def gather(self, x: Tensor) -> Tensor:
+        """One entry a token -> those of the valid tokens."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """One entry a valid token -> all tokens, 0 where they do not count."""
+        if self.rows is None:
+            return x
+        return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.rows, x)
+
+    def new(self, *columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Zeros, one entry a valid token."""
+        return self.student.hidden.new_zeros(self.count, *columns, dtype=dtype or self.dtype)
+
+    def _sizes(self, chunk_bytes: int) -> tuple[int, int]:
+        """Tokens of a part, whose logits exist at one time, and of a group, whose gradients in the logits do."""
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
-        a_token = sum(_output_dtype(hidden).itemsize for hidden, _, _ in sides)
-        if _output_dtype(self.student[0]) != self.student[0].dtype:
-            a_token += self.student[0].dtype.itemsize  # the gradient in the logits cannot take their place
-        most = _MOST_TOKENS_CPU if self.student[0].device.type == "cpu" else _MOST_TOKENS
-        most = max(1, min(most, chunk_bytes // (a_token * self.vocabulary)))
+        logits = sum(_output_dtype(x.hidden).itemsize for x in sides) * self.vocabulary
+        if not self.separate:
+            part = self._equal(chunk_bytes // logits)
+            return part, part
+        gradient = self.student.hidden.dtype.itemsize * self.vocabulary
+        group = self._equal(chunk_bytes // 2 // gradient)
+        return max(1, min(group, chunk_bytes // 2 // logits)), group
+
+    def _equal(self, most: int) -> int:
+        """At most so many tokens, equally many every time: no small last chunk."""
+        most = max(1, min(most, _MOST_TOKENS_CPU if self.student.hidden.device.type == "cpu" else _MOST_TOKENS))
         chunks = -(-self.count // most)
-        return -(-self.count // chunks) if chunks else 1  # equal chunks: no small last one
+        return -(-self.count // chunks) if chunks else 1
 
-    def parts(self) -> Iterator[slice]:
-        return (slice(i, min(i + self.chunk, self.count)) for i in range(0, self.count, self.chunk))
+    @property
+    def separate(self) -> bool:
+        """Whether the gradient in the logits is narrower than they are and cannot take their place."""
+        return _output_dtype(self.student.hidden) != self.student.hidden.dtype
 
-    def buffer(self, name: str, tokens: int, dtype: torch.dtype) -> Tensor:
-        """[tokens, V], the same memory for every chunk."""
-        if name not in self.buffers:
-            self.buffers[name] = self.student[0].new_empty(self.chunk, self.vocabulary, dtype=dtype)
-        return self.buffers[name][:tokens]
+    def groups(self) -> Iterator[slice]:
+        return _slices(0, self.count, self.group)
 
-    def logits(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        return self._project("student", self.student, part), (
-            None if self.teacher is None else self._project("teacher", self.teacher, part)
+    def parts(self, group: slice | None = None) -> Iterator[slice]:
+        start, stop = (0, self.count) if group is None else (group.start, group.stop)
+        return _slices(start, stop, self.part)
+
+    def logits(self, part: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Raw logits of both sides [n, V], valid until the next part, and the tokens [n]."""
+        return (
+            self._project("student", self.student, part),
+            None if self.teacher is None else self._project("teacher", self.teacher, part),
+            None if self.tokens is None else self.tokens[part],
         )
 
     def _project(self, name: str, head: Head, part: slice) -> Tensor:
-        hidden, weight, bias = head[0][part], head[1], head[2]
-        out = _output_dtype(hidden)
+        hidden, out = head.hidden[part], _output_dtype(head.hidden)
+        logits = self._buffer(name, self.part, out)[: hidden.shape[0]]
         if out != hidden.dtype:
-            logits = torch.mm(hidden, weight.t(), out_dtype=out)
-            return logits if bias is None else logits.add_(bias)
-        logits = self.buffer(name, hidden.shape[0], out)
-        return (
-            torch.mm(hidden, weight.t(), out=logits)
-            if bias is None
-            else torch.addmm(bias, hidden, weight.t(), out=logits)
-        )
+            torch.mm(hidden, head.weight.t(), out_dtype=out, out=logits)
+            return logits if head.bias is None else logits.add_(head.bias)
+        if head.bias is None:
+            return torch.mm(hidden, head.weight.t(), out=logits)
+        return torch.addmm(head.bias, hidden, head.weight.t(), out=logits)
 
-    def statistics(self, part: slice, s: Tensor, t: Tensor | None) -> Tensor:
-        return _rows.statistics(self.op, s, t, None if self.tokens is None else self.tokens[part])
+    def place(self, group: slice, part: slice, s: Tensor) -> Tensor:
+        """Where the gradient in the student's logits s of a part goes: into their place, or into the group's buffer."""
+        if not self.separate:
+            return s
+        return self.gradient(group)[part.start - group.start : part.stop - group.start]
 
-    def gradient(self, part: slice, s: Tensor, t: Tensor | None, stats: Tensor, coefficients: Coefficients) -> Tensor:
-        """Gradient in the raw student logits, in the hidden states' dtype; takes the place of `s` where it can."""
-        dtype = self.student[0].dtype
-        out = s if s.dtype == dtype else self.buffer("gradient", s.shape[0], dtype)
-        _rows.gradient(self.op, s, t, None if self.tokens is None else self.tokens[part], stats, coefficients, out)
-        return out
+    def gradient(self, group: slice) -> Tensor:
+        """The gradients in the student's raw logits of a group, in the dtype of its hidden states."""
+        name = "gradient" if self.separate else "student"
+        return self._buffer(name, self.group, self.student.hidden.dtype)[: group.stop - group.start]
+
+    def _buffer(self, name: str, tokens: int, dtype: torch.dtype) -> Tensor:
+        """[tokens, V] with aligned rows, the same memory every time."""
+        if name not in self.buffers:
+            unit = _ALIGNMENT // dtype.itemsize
+            columns = -(-self.vocabulary // unit) * unit
+            self.buffers[name] = self.student.hidden.new_empty(tokens, columns, dtype=dtype)[:, : self.vocabulary]
+        return self.buffers[name]
+
+
+def head_statistics(heads: Heads) -> Tensor:
+    """Statistics [N, COLUMNS], 0 where masked."""
+    stats = heads.new(_rows.COLUMNS)
+    with _no_autocast(stats):
+        for part in heads.parts():
+            stats[part] = _rows.statistics(heads.op, *heads.logits(part))
+    return heads.scatter(stats)
+
+
+def head_gradient(heads: Heads, stats: Tensor, upstream: Coefficients, wanted: tuple[bool, ...]) -> Gradients:
+    """Gradients for any coefficients a token, from statistics [N, COLUMNS]; logits are made again."""
+    stats, upstream = heads.gather(stats), Coefficients(*(None if g is None else heads.gather(g) for g in upstream))
+    scale = _largest(upstream) if heads.student.hidden.dtype == torch.float16 else None
+    if scale is not None:
+        upstream = Coefficients(*(None if g is None else g / scale for g in upstream))
+    sums = _GradientSums(heads, wanted)
+    with _no_autocast(stats):
+        for group in heads.groups():
+            for part in heads.parts(group):
+                s, t, tokens = heads.logits(part)
+                coefficients = Coefficients(*(None if g is None else g[part] for g in upstream))
+                _rows.gradient(heads.op, s, t, tokens, stats[part], coefficients, heads.place(group, part, s))
+            sums.add(group)
+        return Gradients(*(times(g, scale, x) for g, x in zip(sums.result(), heads.given, strict=True)))
+
+
+def head_loss(
+    heads: Heads, objective: Objective, divisor: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor, Gradients]:
+    """The loss of the valid tokens over the divisor, statistics [N, COLUMNS], clip flags [N], and the gradients.
+
+    The gradients, in the dtype that sums are made in, are those of the loss if the divisor lies on the CPU; they lack
+    the division if it lies on a GPU, where looking at it would synchronise.
+    """
+    stats, losses, clipped = heads.new(_rows.COLUMNS), heads.new(), heads.new(dtype=torch.bool)
+    if objective.policy is not None:
+        objective = objective._replace(policy=_select(objective.policy, heads.gather))
+    sums = _GradientSums(heads, wanted, 1 / float(divisor) if divisor is not None and _on_host(divisor) else 1.0)
+    with _no_autocast(stats):
+        for group in heads.groups():
+            for part in heads.parts(group):
+                out = _loss_of(heads, _part_of(objective, part), group, part, any(wanted))
+                stats[part], losses[part], clipped[part] = out
+            if any(wanted):
+                sums.add(group)
+        total = losses.sum()
+        total = total if divisor is None else total / divisor
+        return total, heads.scatter(stats), heads.scatter(clipped), sums.result()
+
+
+def _loss_of(
+    heads: Heads, objective: Objective, group: slice, part: slice, backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    s, t, tokens = heads.logits(part)
+    if backward:
+        return _rows.fused(heads.op, s, t, tokens, objective, heads.place(group, part, s))
+    stats = _rows.statistics(heads.op, s, t, tokens)
+    losses, clipped, _ = _rows.evaluate(objective, stats)
+    return stats, losses, clipped
+
+
+def _part_of(objective: Objective, part: slice) -> Objective:
+    policy = objective.policy
+    return objective if policy is None else objective._replace(policy=_select(policy, lambda x: x[part]))
+
+
+def _select(policy: _rows.Policy, select: Any) -> _rows.Policy:
+    names = ("old_logprobs", "advantages", "importance_weights")
+    return policy._replace(**{name: select(getattr(policy, name)) for name in names})
 
 
 class _GradientSums:
-    """Gradients in the student's hidden states, weight and bias, summed over chunks in float32 or float64."""
+    """Gradients in the student's hidden states, weight and bias, summed over groups in float32 or float64."""
 
-    def __init__(self, heads: _Heads, student: Any, needs: Any):
-        self.heads = heads
-        dtype = accumulate_dtype(heads.student[0])
-        (hidden, _, _), (_, weight, bias) = heads.student, student
-        self.hidden = torch.empty_like(hidden, dtype=dtype) if needs[0] else None
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=dtype) if needs[2] else None
-
-    def add(self, part: slice, s: Tensor, t: Tensor | None, stats: Tensor, coefficients: Coefficients) -> None:
-        grad = self.heads.gradient(part, s, t, stats, coefficients)
-        hidden, weight, _ = self.heads.student
-        vocabulary = self.heads.vocabulary
-        if self.hidden is not None:
-            _add_product(grad, weight, self.hidden[part], first=True)
+    def __init__(self, heads: Heads, wanted: tuple[bool, ...], scale: float = 1.0):
+        self.heads, self.scale = heads, scale
+        dtype = accumulate_dtype(heads.student.hidden)
+        hidden, (_, weight, bias) = heads.student.hidden, heads.given
+        self.hidden = torch.empty_like(hidden, dtype=dtype) if wanted[0] else None
+        self.weight = torch.empty_like(weight, dtype=dtype) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and wanted[2] else None
         if self.weight is not None:
-            _add_product(grad.t(), hidden[part], self.weight[:vocabulary])
-        if self.bias is not None:
-            self.bias[:vocabulary] += grad.sum(0, dtype=self.bias.dtype)
+            self.weight[heads.vocabulary if heads.count else 0 :] = 0  # the first group overwrites the rest
 
-    def result(self, rows: Tensor | None, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return None if self.hidden is None else _scatter(self.hidden, rows, tokens), self.weight, self.bias
+    def add(self, group: slice) -> None:
+        grad, head, vocabulary = self.heads.gradient(group), self.heads.student, self.heads.vocabulary
+        if self.hidden is not None:
+            _add_product(grad, head.weight, self.hidden[group], self.scale, first=True)
+        if self.weight is not None:
+            _add_product(grad.t(), head.hidden[group], self.weight[:vocabulary], self.scale, first=group.start == 0)
+        if self.bias is not None:
+            self.bias[:vocabulary].add_(grad.sum(0, dtype=self.bias.dtype), alpha=self.scale)
+
+    def result(self) -> Gradients:
+        return Gradients(None if self.hidden is None else self.heads.scatter(self.hidden), self.weight, self.bias)
+
+
+def _add_product(a: Tensor, b: Tensor, out: Tensor, scale: float, first: bool) -> None:
+    """out = scale a @ b where first, else out += scale a @ b; nothing is rounded to the dtype of a and b."""
+    wide = _output_dtype(a)
+    if wide == a.dtype:
+        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=0 if first else 1, alpha=scale)
+    elif first:
+        torch.mm(a, b, out_dtype=wide, out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+    else:
+        out.add_(torch.mm(a, b, out_dtype=wide), alpha=scale)
+
+
+def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """x * scale, rounded once to the dtype of `like`; x itself where neither changes anything that one can see."""
+    if x is None or like is None:
+        return None
+    if scale is None or (_on_host(scale) and float(scale) == 1.0):
+        return x.to(like.dtype)
+    return (x * scale).to(like.dtype)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Whether its value can be had at no cost: a real tensor (no tracer's) on the CPU."""
+    return type(x) is Tensor and x.device.type == "cpu"
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
@@ -222,43 +285,10 @@ def _output_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
-def _add_product(a: Tensor, b: Tensor, out: Tensor, first: bool = False) -> None:
-    """out += a @ b, or out = a @ b; `out` may be wider than a and b, and nothing is rounded to their dtype."""
-    if _output_dtype(a) != a.dtype:
-        product = torch.mm(a, b, out_dtype=_output_dtype(a))
-        (out.copy_ if first else out.add_)(product)
-    else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype), beta=0 if first else 1)
-
-
-def _evaluate(objective: Objective, stats: Tensor, part: slice) -> tuple[Tensor, Tensor, Coefficients]:
-    """The loss a token, flags, and the loss's derivatives by value and log-probability: autograd on [n] scalars."""
-    with torch.enable_grad():
-        value, logprob = (stats[:, i].clone().requires_grad_() for i in (_rows.VALUE, _rows.LOGPROB))
-        losses, flags = objective(value, logprob, part)
-        gk, gy = torch.autograd.grad(losses.sum(), (value, logprob), allow_unused=True)
-    return losses.detach(), flags, Coefficients(gk, gy)
-
-
-def _largest(upstream: list[Tensor | None], like: Tensor) -> Tensor:
-    """The largest coefficient, by which all are divided: 1/N in 16 bits would flush part of the gradient to zero."""
-    found = [g.abs().max() for g in upstream if g is not None and g.numel()]
-    largest = torch.stack(found).max() if found else like.new_ones(())
+def _largest(upstream: Coefficients) -> Tensor:
+    """The largest coefficient, by which all are divided: 1/N in float16 would flush part of the gradient to zero."""
+    largest = torch.stack([g.abs().max() for g in upstream if g is not None]).max()
     return largest.masked_fill(~largest.isfinite() | (largest == 0), 1.0)
-
-
-def _scaled(grads: Any, scale: Tensor, student: Any) -> Iterator[Tensor | None]:
-    dtypes = (x.dtype if isinstance(x, Tensor) else x for x in student)
-    return (None if g is None else (g * scale).to(d) for g, d in zip(grads, dtypes, strict=True))
-
-
-def _scatter(x: Tensor, rows: Tensor | None, tokens: int) -> Tensor:
-    """x of the valid tokens -> of all tokens, 0 elsewhere."""
-    if rows is None:
-        return x
-    out = x.new_zeros(tokens, *x.shape[1:])
-    out[rows] = x
-    return out
 
 
 def _no_autocast(x: Tensor) -> Any:

@@ -115,11 +115,14 @@ def flat_mask(mask: Tensor | None, shape: Sequence[int], device: torch.device, *
 def flat_tokens(
     tokens: Tensor, mask: Tensor | None, vocabulary: int, shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """tokens, flattened to int64 [N]. On the CPU tokens that count must lie in [0, vocabulary)."""
+    """tokens, flattened to int64 [N]. On the CPU tokens that count must lie in [0, vocabulary): not looked at by
+    torch.compile, which has no values yet."""
     tokens = per_token("tokens", tokens, shape, device)
     if tokens.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"tokens must be int64 or int32, got {tokens.dtype}")
     tokens = tokens.to(torch.int64)
+    if torch.compiler.is_compiling():
+        return tokens
     counted = tokens if mask is None or tokens.device.type != "cpu" else tokens[mask]
     if tokens.device.type == "cpu" and counted.numel():
         low, high = int(counted.min()), int(counted.max())
@@ -133,8 +136,7 @@ def count(mask: Tensor | None, tokens: int, denominator: float | Tensor | None, 
     if denominator is None:
         if mask is None:
             return max(tokens, 1)
-        valid = (mask != 0).sum().clamp(min=1)
-        return int(valid) if mask.device.type == "cpu" else valid.to(like.dtype)
+        return (mask != 0).sum().clamp(min=1).to(like.dtype)
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1 or denominator.requires_grad:
             raise ValueError("denominator must be a number or a tensor of one element that requires no grad")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mskd_kernels import _inputs, _rows
+from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._rows import Coefficients, Divergence, RowOp
+from mskd_kernels._ops import Rows, Settings, logits_fields
+from mskd_kernels._rows import Divergence
 
 try:
     import triton.language as tl
@@ -310,8 +311,8 @@ def divergence(
     row = resolve_kind(kind, beta)
     _inputs.check_settings(temperature, reduction)
     flat = _inputs.flat_mask(mask, shape, student_logits.device)
-    op = RowOp(row, resolve_backend(backend, student_logits.device), temperature)
-    values = token_statistics(op, student_logits, teacher_logits, None, flat)[0]
+    settings = Settings(row.name, row.beta, resolve_backend(backend, student_logits.device), temperature, False)
+    values = logits_fields(Rows.of(student_logits, teacher_logits, None, flat), settings).value
     return reduce(values.reshape(shape), mask, reduction, denominator)
 
 
@@ -341,50 +342,3 @@ def reverse_kl(
         denominator=denominator,
         backend=backend,
     )
-
-
-def token_statistics(
-    op: RowOp, student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value, log q(token), log p(token), entropy), each [N], of logits [..., V]; log p has no gradient."""
-    student, teacher = (_as_rows(x) for x in (student_logits, teacher_logits))
-    return _TokenStatistics.apply(student, teacher, tokens, mask, op)
-
-
-def _as_rows(logits: Tensor) -> Tensor:
-    rows = logits.reshape(-1, logits.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-class _TokenStatistics(torch.autograd.Function):
-    """The row op on logits that are given: statistics forward, gradient in backward."""
-
-    @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, tokens: Tensor | None, mask: Tensor | None, op: RowOp):
-        s, t = _common(student, teacher)
-        stats = _rows.statistics(op, s, t, tokens, mask)
-        ctx.save_for_backward(student, teacher, tokens, mask, stats)
-        ctx.op = op
-        ctx.set_materialize_grads(False)
-        outputs = tuple(x.clone() for x in stats[:, :4].unbind(1))
-        ctx.mark_non_differentiable(outputs[2])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, g_value: Tensor | None, g_logprob: Tensor | None, _: None, g_entropy: Tensor | None):
-        _rows.refuse_second_derivative()
-        coefficients = Coefficients(g_value, g_logprob, g_entropy)
-        if all(c is None for c in coefficients):
-            return (None,) * 5
-        student, teacher, tokens, mask, stats = ctx.saved_tensors
-        s, t = _common(student, teacher)
-        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        grad[:, s.shape[1] :] = 0
-        _rows.gradient(ctx.op, s, t, tokens, stats, coefficients, grad[:, : s.shape[1]], mask)
-        return grad, *(None,) * 4
-
-
-def _common(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns that both have: beyond, one of the vocabularies is padding."""
-    vocabulary = min(student.shape[1], teacher.shape[1])
-    return student[:, :vocabulary], teacher[:, :vocabulary]

@@ -1,26 +1,54 @@
 """The losses from hidden states and lm_heads: chunks of tokens, vendor GEMMs, no [N, V] tensor.
 
 Each side: logits = softcap * tanh(z / softcap), z = logit_scale * (hidden weight^T + bias); without soft-cap logits =
-z. A chunk of tokens (`chunk_bytes`: the logits of both sides) goes through two GEMMs and the row op. Where the result
-is a scalar the gradient is made at once and only scaled in backward: 6 Hs V + 2 Ht V FLOPs a token. With reduction
-"none" the upstream gradient is not known yet and the logits are made again in backward: 8 Hs V + 4 Ht V. Masked
-tokens enter nothing.
+z. A chunk of tokens (`chunk_bytes`: the logits of both sides) goes through two GEMMs and the row op. `gradient` says
+when the gradient is made:
+
+    "forward"     with the loss, chunk by chunk; backward only scales it: 6 Hs V + 2 Ht V FLOPs a token. For scalars
+    "recompute"   in backward, for any upstream gradient a token; logits are made again: 8 Hs V + 4 Ht V
+    None          "forward" where the result is a scalar, "recompute" for reduction="none"
+
+Both give the same gradient; recompute keeps no gradient between forward and backward. Masked tokens enter nothing.
 
 A mask on a GPU costs one synchronisation (the number of valid tokens sizes the GEMMs): gather the hidden states
 yourself, or pass the mask on the CPU, to have none.
 """
 
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._chunks import CHUNK_BYTES, Head, head_loss, head_statistics, valid_rows
-from mskd_kernels._rows import RowOp, Side
-from mskd_kernels.divergence import DIVERGENCES, divergence_reference, resolve_kind
-from mskd_kernels.minillm import MiniLLMLoss, assemble, minillm_loss_reference, token_objective
+from mskd_kernels._chunks import Head
+from mskd_kernels._ops import Batch, Settings, hidden_fields, hidden_loss
+from mskd_kernels._rows import Objective
+from mskd_kernels.divergence import divergence_reference, reduce, resolve_kind
+from mskd_kernels.minillm import MiniLLMLoss, assemble, masked, minillm_loss_reference, policy_of, token_losses
+
+
+class TwoHeads(TypedDict, total=False):
+    """What two heads do to their logits besides the weight: the keywords that every op of two sides takes."""
+
+    student_bias: Tensor | None
+    student_logit_scale: float
+    student_softcap: float | None
+    teacher_bias: Tensor | None
+    teacher_logit_scale: float
+    teacher_softcap: float | None
+
+
+class LinearSettings(TwoHeads, total=False):
+    """The keywords of `linear_reverse_kl` (and of the references, which ignore the last three)."""
+
+    temperature: float
+    mask: Tensor | None
+    reduction: str
+    denominator: float | Tensor | None
+    gradient: str | None
+    backend: str
+    chunk_bytes: int | None
 
 
 def project_reference(
@@ -41,28 +69,29 @@ def linear_divergence_reference(
     kind: str = "reverse_kl",
     *,
     mask: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
     **settings: Any,
 ) -> Tensor:
-    """`linear_divergence` in plain torch, all logits at once; `settings` as in `divergence`."""
-    student_hidden, teacher_hidden = _drop_masked(mask, student_hidden, teacher_hidden)
-    return divergence_reference(
-        project_reference(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
-        project_reference(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
-        kind,
-        mask=mask,
-        **settings,
-    )
+    """`linear_divergence` in plain torch, all logits at once; the keywords of TwoHeads and of `divergence`."""
+    logits, rest = two_logits((student_hidden, student_weight), (teacher_hidden, teacher_weight), mask, settings)
+    return divergence_reference(*logits, kind, mask=mask, **rest)
 
 
-def _drop_masked(mask: Tensor | None, *hidden: Tensor) -> tuple[Tensor, ...]:
+def two_logits(
+    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor | None, settings: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """Logits of both sides in plain torch, and the settings that are not of a head."""
+    rest = dict(settings)
+
+    def project(side: str, hidden: Tensor, weight: Tensor) -> Tensor:
+        own = {k: rest.pop(f"{side}_{k}") for k in ("bias", "logit_scale", "softcap") if f"{side}_{k}" in rest}
+        return project_reference(drop_masked(mask, hidden), weight, **own)
+
+    return (project("student", *student), project("teacher", *teacher)), rest
+
+
+def drop_masked(mask: Tensor | None, hidden: Tensor) -> Tensor:
     """Zeros in place of masked hidden states: NaN times a gradient of 0 would reach the weight."""
-    return hidden if mask is None else tuple(h.masked_fill((mask == 0)[..., None], 0.0) for h in hidden)
+    return hidden if mask is None else hidden.masked_fill((mask == 0)[..., None], 0.0)
 
 
 def linear_divergence(
@@ -83,40 +112,50 @@ def linear_divergence(
     teacher_bias: Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
+    gradient: str | None = None,
     backend: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """`divergence` from hidden states; gradients to the student's hidden states, weight and bias.
 
     student_hidden [..., Hs], student_weight [Vs, Hs], student_bias [Vs], teacher_hidden [..., Ht], teacher_weight
     [Vt, Ht], teacher_bias [Vt]; compared on the first min(Vs, Vt) rows. A weight may be wider than its hidden states
     (float32 beside 16-bit): the GEMM runs in the hidden states' dtype, the weight's gradient is summed in float32.
+    gradient: "forward", "recompute" or None (top of this file). chunk_bytes: None is 256 MiB on a CPU, 1 GiB else.
     The rest as `divergence`.
     """
     row = resolve_kind(kind, beta)
-    student: Head = (student_hidden, student_weight, student_bias)
-    teacher: Head = (teacher_hidden, teacher_weight, teacher_bias)
-    shape, device = _check_heads(student, teacher)
-    _inputs.check_settings(temperature, reduction, chunk_bytes)
-    rows = valid_rows(_inputs.flat_mask(mask, shape, device, host=True), device)
-    sides = _sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
-    op = RowOp(row, resolve_backend(backend, device), temperature, *sides)
-    student, teacher = _flat(student), _flat(teacher)
-    if reduction == "none":
-        return head_statistics(student, teacher, None, rows, op, chunk_bytes)[0].reshape(shape)
-    total = head_loss(student, teacher, None, rows, op, chunk_bytes, lambda value, _, part: (value, value > 0))[0]
-    return total if reduction == "sum" else total / _inputs.count(mask, shape.numel(), denominator, total)
+    student = Head(student_hidden, student_weight, student_bias)
+    batch, shape = batch_of(student, Head(teacher_hidden, teacher_weight, teacher_bias), mask=mask)
+    _inputs.check_settings(temperature, reduction)
+    sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
+    device = student_hidden.device
+    settings = Settings(row.name, row.beta, resolve_backend(backend, device), temperature, False, *sides)
+    budget = chunk_budget(chunk_bytes, device)
+    if not made_in_forward(gradient, reduction):
+        values = hidden_fields(batch, settings, budget).value
+        return reduce(values.reshape(shape), mask, reduction, denominator)
+    divisor = None if reduction == "sum" else divisor_of(batch, denominator)
+    return hidden_loss(batch, settings, budget, Objective(), divisor)[0]
 
 
 def linear_reverse_kl_reference(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **settings: Any
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    **settings: Unpack[LinearSettings],
 ) -> Tensor:
     """`linear_reverse_kl` in plain torch."""
     return linear_divergence_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, **settings)
 
 
 def linear_reverse_kl(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, **settings: Any
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    **settings: Unpack[LinearSettings],
 ) -> Tensor:
     """KL(student || teacher) from hidden states: `linear_divergence` with kind="reverse_kl", same keyword arguments."""
     return linear_divergence(student_hidden, student_weight, teacher_hidden, teacher_weight, "reverse_kl", **settings)
@@ -133,26 +172,11 @@ def linear_minillm_loss_reference(
     importance_weights: Tensor,
     *,
     mask: Tensor | None = None,
-    student_bias: Tensor | None = None,
-    student_logit_scale: float = 1.0,
-    student_softcap: float | None = None,
-    teacher_bias: Tensor | None = None,
-    teacher_logit_scale: float = 1.0,
-    teacher_softcap: float | None = None,
     **settings: Any,
 ) -> MiniLLMLoss:
-    """`linear_minillm_loss` in plain torch, all logits at once; `settings` as in `minillm_loss`."""
-    student_hidden, teacher_hidden = _drop_masked(mask, student_hidden, teacher_hidden)
-    return minillm_loss_reference(
-        project_reference(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
-        project_reference(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
-        tokens,
-        old_logprobs,
-        advantages,
-        importance_weights,
-        mask=mask,
-        **settings,
-    )
+    """`linear_minillm_loss` in plain torch, all logits at once; the keywords of TwoHeads and of `minillm_loss`."""
+    logits, rest = two_logits((student_hidden, student_weight), (teacher_hidden, teacher_weight), mask, settings)
+    return minillm_loss_reference(*logits, tokens, old_logprobs, advantages, importance_weights, mask=mask, **rest)
 
 
 def linear_minillm_loss(
@@ -177,67 +201,109 @@ def linear_minillm_loss(
     teacher_bias: Tensor | None = None,
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float | None = None,
+    gradient: str | None = None,
     backend: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> MiniLLMLoss:
-    """`minillm_loss` from hidden states; gradients to the student's hidden states, weight and bias, made in forward.
+    """`minillm_loss` from hidden states (their shapes and `gradient` as in `linear_divergence`).
 
-    Heads as in `linear_divergence`, the rest as in `minillm_loss`.
+    Made in forward (the default), the gradient of `loss` exists when this returns; backward scales it.
     """
-    student: Head = (student_hidden, student_weight, student_bias)
-    teacher: Head = (teacher_hidden, teacher_weight, teacher_bias)
-    shape, device = _check_heads(student, teacher)
-    _inputs.check_settings(temperature, chunk_bytes=chunk_bytes)
-    host_mask = _inputs.flat_mask(mask, shape, device, host=True)
-    rows = valid_rows(host_mask, device)
-    vocabulary = min(student_weight.shape[0], teacher_weight.shape[0])
-    token = _inputs.flat_tokens(tokens, host_mask, vocabulary, shape, device)
-    objective = token_objective(
+    student = Head(student_hidden, student_weight, student_bias)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
+    batch, shape = batch_of(student, teacher, tokens, mask)
+    _inputs.check_settings(temperature)
+    sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
+    device = student_hidden.device
+    policy = policy_of(
         old_logprobs,
         advantages,
         importance_weights,
-        None,
         shape=shape,
         device=device,
-        dtype=_inputs.accumulate_dtype(student_hidden, teacher_hidden),
+        dtype=batch.dtype(),
         clip=clip,
         weight_single_step=weight_single_step,
         clip_weighted_ratio=clip_weighted_ratio,
     )
-    objective = objective if rows is None else objective.select(rows)
-    sides = _sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
-    op = RowOp(DIVERGENCES["reverse_kl"], resolve_backend(backend, device), temperature, *sides, entropy=True)
-    total, stats, clipped = head_loss(
-        _flat(student),
-        _flat(teacher),
-        token,
-        rows,
-        op,
-        chunk_bytes,
-        lambda value, logprobs, part: objective.select(part)(value, logprobs),
-    )
-    return assemble(total, clipped, stats[:, :4].unbind(1), host_mask, shape, denominator)
+    settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True, *sides)
+    budget, divisor = chunk_budget(chunk_bytes, device), divisor_of(batch, denominator)
+    if made_in_forward(gradient, "sum"):
+        loss, fields, clipped = hidden_loss(batch, settings, budget, Objective(policy=policy), divisor)
+    else:
+        fields = hidden_fields(batch, settings, budget)
+        flat = None if batch.mask is None else batch.mask.to(device)
+        losses, clipped = masked(token_losses(policy, fields.value, fields.logprob), flat)
+        loss = losses.sum() / divisor
+    return assemble(loss, clipped, fields, batch.mask, shape)
 
 
-def _check_heads(student: Head, teacher: Head) -> tuple[torch.Size, torch.device]:
-    """Checks both sides; returns the leading shape and the device."""
-    _inputs.check_head("student_", *student)
-    for name, x in zip(("teacher_hidden", "teacher_weight", "teacher_bias"), teacher, strict=True):
-        _inputs.check_teacher(name, x, student[0])
-    _inputs.check_head("teacher_", *teacher, like=student[0])
-    if student[0].shape[:-1] != teacher[0].shape[:-1]:
-        raise ValueError(
-            f"student_hidden {tuple(student[0].shape)} and teacher_hidden {tuple(teacher[0].shape)} must agree in all "
-            "dimensions but the last"
-        )
-    return student[0].shape[:-1], student[0].device
+# What every op from hidden states begins with ------------------------------------------------------------------------
 
 
-def _sides(student: tuple[float, float | None], teacher: tuple[float, float | None]) -> tuple[Side, Side]:
+def batch_of(
+    student: Head, teacher: Head | None = None, tokens: Tensor | None = None, mask: Tensor | None = None
+) -> tuple[Batch, torch.Size]:
+    """Checks heads, tokens and mask, and flattens them; also the leading shape. A mask on the CPU stays there."""
+    shape, device = check_heads(student, teacher)
+    flat = _inputs.flat_mask(mask, shape, device, host=True)
+    vocabulary = min(x.weight.shape[0] for x in (student, teacher) if x is not None)
+    token = None if tokens is None else _inputs.flat_tokens(tokens, flat, vocabulary, shape, device)
+    batch = Batch(_rows_of(student.hidden), student.weight, student.bias, tokens=token, mask=flat)
+    if teacher is None:
+        return batch, shape
+    hidden = _rows_of(teacher.hidden)
+    return batch._replace(teacher_hidden=hidden, teacher_weight=teacher.weight, teacher_bias=teacher.bias), shape
+
+
+def check_heads(student: Head, teacher: Head | None) -> tuple[torch.Size, torch.device]:
+    """Checks both sides (one has no prefix); returns the leading shape and the device."""
+    _inputs.check_head("" if teacher is None else "student_", *student)
+    if teacher is not None:
+        for name, x in zip(("teacher_hidden", "teacher_weight", "teacher_bias"), teacher, strict=True):
+            _inputs.check_teacher(name, x, student.hidden)
+        _inputs.check_head("teacher_", *teacher, like=student.hidden)
+        if student.hidden.shape[:-1] != teacher.hidden.shape[:-1]:
+            raise ValueError(
+                f"student_hidden {tuple(student.hidden.shape)} and teacher_hidden {tuple(teacher.hidden.shape)} must "
+                "agree in all dimensions but the last"
+            )
+    return student.hidden.shape[:-1], student.hidden.device
+
+
+def check_sides(
+    student: tuple[float, float | None], teacher: tuple[float, float | None]
+) -> tuple[float, float | None, float, float | None]:
+    """Checks scale and soft-cap of both sides; returns them flat."""
     _inputs.check_side("student_", *student)
     _inputs.check_side("teacher_", *teacher)
-    return Side(*student), Side(*teacher)
+    return *student, *teacher
 
 
-def _flat(head: Head) -> Head:
-    return head[0].reshape(-1, head[0].shape[-1]), head[1], head[2]
+def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
+    if chunk_bytes is None:
+        return (256 if device.type == "cpu" else 1024) * 1024**2
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    return chunk_bytes
+
+
+def made_in_forward(gradient: str | None, reduction: str) -> bool:
+    """Whether the gradient is made with the loss. ValueError where that was asked for and cannot be."""
+    if gradient not in (None, "forward", "recompute"):
+        raise ValueError(f"gradient={gradient!r} is not known; allowed: forward, recompute, None")
+    if gradient == "forward" and reduction == "none":
+        raise ValueError('gradient="forward" needs a scalar result: reduction="sum" or "mean", or gradient="recompute"')
+    return gradient != "recompute" and reduction != "none"
+
+
+def divisor_of(batch: Batch, denominator: float | Tensor | None) -> Tensor:
+    """What a mean is divided by, as a tensor of no dimensions; on the CPU unless it was counted or given on a GPU."""
+    dtype = batch.dtype()
+    like = torch.empty(0, dtype=dtype)
+    number = _inputs.count(batch.mask, batch.hidden.shape[0], denominator, like)
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=dtype)
+
+
+def _rows_of(hidden: Tensor) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])

@@ -9,7 +9,6 @@ clip] and w the importance weight (a constant), a token's loss is
 The loss is the sum over valid tokens over `denominator`.
 """
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._rows import RowOp
-from mskd_kernels.divergence import DIVERGENCES, reference_logprobs, reference_values, token_statistics
+from mskd_kernels._ops import Fields, Rows, Settings, logits_fields
+from mskd_kernels._rows import Policy
+from mskd_kernels.divergence import reference_logprobs, reference_values
 
 
 class MiniLLMLoss(NamedTuple):
@@ -32,37 +32,26 @@ class MiniLLMLoss(NamedTuple):
     clipped_fraction: Tensor
 
 
-@dataclass(frozen=True)
-class TokenObjective:
-    """The formula and its constants [3, N]: old_logprobs, advantages, importance_weights (0 where masked)."""
+def token_losses(policy: Policy, reverse_kl: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """Reverse KL and log q(y) [N] -> the loss a token, and whether the clip took effect there (bool), each [N].
 
-    constants: Tensor
-    clip: float
-    weight_single_step: bool
-    clip_weighted_ratio: bool
-
-    def __call__(self, reverse_kl: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Reverse KL and log q(y) [N] -> the loss a token, and whether the clip took effect there (bool), each [N]."""
-        old_logprobs, a, w = self.constants.unbind(0)
-        ratio = (logprobs - old_logprobs).exp()
-        x = w * ratio if self.clip_weighted_ratio else ratio
-        free, clipped = -a * x, -a * x.clamp(1 - self.clip, 1 + self.clip)
-        policy = torch.maximum(free, clipped)
-        if not self.clip_weighted_ratio:
-            policy = w * policy
-        single_step = w * reverse_kl if self.weight_single_step else reverse_kl
-        return single_step + policy, clipped > free
-
-    def select(self, rows: slice | Tensor) -> "TokenObjective":
-        """The same for some tokens."""
-        return replace(self, constants=self.constants[:, rows])
+    In plain torch, for autograd; `_rows.evaluate` has the same with its derivatives.
+    """
+    old_logprobs, a, w, clip, weight_single_step, clip_weighted_ratio = policy
+    ratio = (logprobs - old_logprobs).exp()
+    x = w * ratio if clip_weighted_ratio else ratio
+    free, clipped = -a * x, -a * x.clamp(1 - clip, 1 + clip)
+    term = torch.maximum(free, clipped)
+    if not clip_weighted_ratio:
+        term = w * term
+    single_step = w * reverse_kl if weight_single_step else reverse_kl
+    return single_step + term, clipped > free
 
 
-def token_objective(
+def policy_of(
     old_logprobs: Tensor,
     advantages: Tensor,
     importance_weights: Tensor,
-    mask: Tensor | None,
     *,
     shape: tuple[int, ...],
     device: torch.device,
@@ -70,15 +59,19 @@ def token_objective(
     clip: float,
     weight_single_step: bool,
     clip_weighted_ratio: bool,
-) -> TokenObjective:
+) -> Policy:
     """Checks and flattens the constants of the loss."""
     if not 0 <= clip < float("inf"):
         raise ValueError(f"clip must be at least 0 and finite, got {clip}")
     named = {"old_logprobs": old_logprobs, "advantages": advantages, "importance_weights": importance_weights}
-    constants = torch.stack([_inputs.constant(name, x, shape, device, dtype) for name, x in named.items()])
-    if mask is not None:
-        constants = constants.masked_fill(~mask, 0.0)
-    return TokenObjective(constants, clip, weight_single_step, clip_weighted_ratio)
+    old, a, w = (_inputs.constant(name, x, shape, device, dtype) for name, x in named.items())
+    return Policy(old, a, w, clip, weight_single_step, clip_weighted_ratio)
+
+
+def masked(values: tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Losses and flags [N], 0 where masked, whatever the constants hold there."""
+    losses, flags = values
+    return (losses, flags) if mask is None else (losses.masked_fill(~mask, 0.0), flags & mask)
 
 
 def minillm_loss_reference(
@@ -104,9 +97,10 @@ def minillm_loss_reference(
     logprobs, teacher_logprobs = lq.gather(-1, index)[..., 0], lp.gather(-1, index)[..., 0]
     entropy = -(lq.exp() * lq.masked_fill(lq == -torch.inf, 0.0)).sum(-1)
     logprobs = torch.where(value == torch.inf, logprobs.detach(), logprobs)  # such a token has a gradient of 0
-    constants = torch.stack([x.to(lq.dtype) for x in (old_logprobs, advantages, importance_weights)])
-    objective = TokenObjective(constants.masked_fill(~valid, 0.0), clip, weight_single_step, clip_weighted_ratio)
-    losses, clipped = objective(value, logprobs)
+    constants = (old_logprobs, advantages, importance_weights)
+    old, a, w = (x.to(lq.dtype).masked_fill(~valid, 0.0) for x in constants)
+    policy = Policy(old, a, w, clip, weight_single_step, clip_weighted_ratio)
+    losses, clipped = token_losses(policy, value, logprobs)
     tokens_valid = valid.sum().clamp(min=1)
     loss = losses.masked_fill(~valid, 0.0).sum() / (tokens_valid if denominator is None else denominator)
     fields = [x.detach().masked_fill(~valid, 0.0) for x in (value, logprobs, teacher_logprobs, entropy)]
@@ -142,11 +136,10 @@ def minillm_loss(
     flat = _inputs.flat_mask(mask, shape, device)
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])
     token = _inputs.flat_tokens(tokens, flat, vocabulary, shape, device)
-    objective = token_objective(
+    policy = policy_of(
         old_logprobs,
         advantages,
         importance_weights,
-        flat,
         shape=shape,
         device=device,
         dtype=dtype,
@@ -154,24 +147,15 @@ def minillm_loss(
         weight_single_step=weight_single_step,
         clip_weighted_ratio=clip_weighted_ratio,
     )
-    op = RowOp(DIVERGENCES["reverse_kl"], resolve_backend(backend, device), temperature, entropy=True)
-    fields = token_statistics(op, student_logits, teacher_logits, token, flat)
-    losses, clipped = objective(fields[0], fields[1])
-    if flat is not None:
-        losses, clipped = losses.masked_fill(~flat, 0.0), clipped & flat
-    return assemble(losses.sum(), clipped, fields, flat, shape, denominator)
+    settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True)
+    fields = logits_fields(Rows.of(student_logits, teacher_logits, token, flat), settings)
+    losses, clipped = masked(token_losses(policy, fields.value, fields.logprob), flat)
+    divisor = _inputs.count(flat, losses.numel(), denominator, losses)
+    return assemble(losses.sum() / divisor, clipped, fields, flat, shape)
 
 
-def assemble(
-    total: Tensor,
-    clipped: Tensor,
-    fields: tuple[Tensor, ...],
-    mask: Tensor | None,
-    shape: tuple[int, ...],
-    denominator: float | Tensor | None,
-) -> MiniLLMLoss:
-    """The sum of the loss, clip flags [N] and per-token fields [N] (0 where masked) -> the result."""
-    valid = _inputs.count(mask, clipped.numel(), None, total)
-    loss = total / (valid if denominator is None else _inputs.count(mask, clipped.numel(), denominator, total))
+def assemble(loss: Tensor, clipped: Tensor, fields: Fields, mask: Tensor | None, shape: tuple[int, ...]) -> MiniLLMLoss:
+    """The loss, clip flags [N] and per-token fields [N] (0 where masked) -> the result."""
+    valid = _inputs.count(mask, clipped.numel(), None, loss)
     value, logprobs, teacher_logprobs, entropy = (x.detach().reshape(shape) for x in fields)
-    return MiniLLMLoss(loss, value, logprobs, teacher_logprobs, entropy, clipped.sum().to(total.dtype) / valid)
+    return MiniLLMLoss(loss, value, logprobs, teacher_logprobs, entropy, clipped.sum().to(loss.dtype) / valid)

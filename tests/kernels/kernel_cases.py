@@ -1,7 +1,11 @@
 """Inputs and float64 oracles of the kernel tests, written from the formulas. N rows, V vocabulary."""
 
+import functools
+
 import torch
+from mskd_kernels import _ops
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -82,3 +86,39 @@ def assert_as_exact(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
     limit = 1e-11 if exact else 2 * relative_error(plain, truth) + rounding_unit(ours.dtype)
     assert ours.dtype == plain.dtype
     assert relative_error(ours, truth) <= limit, f"{relative_error(ours, truth):.2e} > {limit:.2e}"
+
+
+class Watch(TorchDispatchMode):
+    """Sees inside this package's ops: elements of the largest tensor made, and of each GEMM (rows, inner, columns)."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.gemms = 0, []
+        self.plain = {name: getattr(_ops, name) for name in ("head_statistics", "head_gradient", "head_loss")}
+
+    def __enter__(self):
+        for name, function in self.plain.items():
+            setattr(_ops, name, functools.partial(self.inside, function))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, function in self.plain.items():
+            setattr(_ops, name, function)
+        return super().__exit__(*error)
+
+    def inside(self, function, *args):
+        TorchDispatchMode.__enter__(self)
+        try:
+            return function(*args)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        a, b = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2)}.get(function.overloadpacket.__name__, (None, None))
+        if a is not None:
+            self.gemms.append((*args[a].shape, args[b].shape[1]))
+        return result

@@ -1,0 +1,312 @@
+"""The ops of torch.library (namespace `mskd`): what autograd, torch.compile and export see of this package.
+
+    row_statistics, row_gradient     logits given: statistics forward, the gradient in backward
+    head_statistics, head_gradient   from hidden states: the logits are made again in backward
+    head_loss                        from hidden states: a scalar, its gradient made in forward, scaled in backward
+
+Masks go in as they are and valid rows are gathered inside, so that no shape outside depends on data. Settings are
+numbers and names (a divergence goes by its name), since that is all a schema can hold. Backward calls an op too, and
+refuses a second derivative.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mskd_kernels import _rows
+from mskd_kernels._chunks import Gradients, Head, Heads, head_gradient, head_loss, head_statistics, times
+from mskd_kernels._inputs import accumulate_dtype
+from mskd_kernels._rows import Coefficients, Objective, RowOp, Side
+
+
+class Settings(NamedTuple):
+    """A RowOp in the terms of a schema. kind None: there is no teacher; beta None: the kind has none."""
+
+    kind: str | None
+    beta: float | None
+    backend: str
+    temperature: float
+    entropy: bool
+    scale: float = 1.0
+    softcap: float | None = None
+    teacher_scale: float = 1.0
+    teacher_softcap: float | None = None
+
+    def op(self) -> RowOp:
+        from mskd_kernels.divergence import resolve_kind  # here, since divergence.py imports this module
+
+        kind = None if self.kind is None else resolve_kind(self.kind, self.beta)
+        sides = Side(self.scale, self.softcap), Side(self.teacher_scale, self.teacher_softcap)
+        return RowOp(kind, self.backend, self.temperature, *sides, self.entropy)
+
+
+class Rows(NamedTuple):
+    """student, teacher [N, V] with columns beside each other; tokens int64 [N]; mask bool [N]."""
+
+    student: Tensor
+    teacher: Tensor
+    tokens: Tensor | None
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor, tokens: Tensor | None, mask: Tensor | None) -> "Rows":
+        """From logits [..., V] of any strides; tokens and mask are flat already."""
+        return cls(_as_rows(student), _as_rows(teacher), tokens, mask)
+
+    def common(self) -> tuple[Tensor, Tensor]:
+        """The columns that both have: beyond, one of the vocabularies is padding."""
+        vocabulary = min(self.student.shape[1], self.teacher.shape[1])
+        return self.student[:, :vocabulary], self.teacher[:, :vocabulary]
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    rows = logits.reshape(-1, logits.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+class Batch(NamedTuple):
+    """hidden [N, H], weight [V, H], bias [V] of both sides; tokens int64 [N]; mask bool [N], also one on the CPU."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
+    teacher_bias: Tensor | None = None
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+
+    def heads(self, op: RowOp, chunk_bytes: int) -> Heads:
+        student, teacher = Head(self.hidden, self.weight, self.bias), None
+        if self.teacher_hidden is not None and self.teacher_weight is not None:
+            teacher = Head(self.teacher_hidden, self.teacher_weight, self.teacher_bias)
+        return Heads(student, teacher, self.tokens, self.mask, op, chunk_bytes)
+
+    def dtype(self) -> torch.dtype:
+        return accumulate_dtype(self.hidden, self.teacher_hidden)
+
+
+class Fields(NamedTuple):
+    """What the row op says of each token, [N] each; teacher_logprob has no gradient."""
+
+    value: Tensor
+    logprob: Tensor
+    teacher_logprob: Tensor
+    entropy: Tensor
+
+
+_ROWS = "Tensor student, Tensor teacher, Tensor? tokens, Tensor? mask"
+_BATCH = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? tokens, Tensor? mask"
+)
+_SETTINGS = (
+    "str? kind, float? beta, str backend, float temperature, bool entropy, float scale, float? softcap, "
+    "float teacher_scale, float? teacher_softcap"
+)
+_UPSTREAM = "Tensor? of_value, Tensor? of_logprob, Tensor? of_entropy"
+_OBJECTIVE = (
+    "float value, float nll, Tensor? old_logprobs, Tensor? advantages, Tensor? importance_weights, float clip, "
+    "bool weight_single_step, bool clip_weighted_ratio"
+)
+_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+_STATISTICS = "(Tensor value, Tensor logprob, Tensor teacher_logprob, Tensor entropy, Tensor statistics)"
+
+
+def _op(name: str, schema: str) -> Any:
+    return torch.library.custom_op(f"mskd::{name}", mutates_args=(), schema=schema)
+
+
+# Logits given ---------------------------------------------------------------------------------------------------------
+
+
+def logits_fields(rows: Rows, settings: Settings) -> Fields:
+    """Differentiable in the student's logits."""
+    return Fields(*row_statistics(*rows, *settings)[:4])
+
+
+@_op("row_statistics", f"({_ROWS}, {_SETTINGS}) -> {_STATISTICS}")
+def row_statistics(*args: Any) -> tuple[Tensor, ...]:
+    rows, settings = Rows(*args[:4]), Settings(*args[4:])
+    stats = _rows.statistics(settings.op(), *rows.common(), rows.tokens, rows.mask)
+    return (*_columns(stats), stats)
+
+
+@row_statistics.register_fake
+def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _fake_statistics(student, accumulate_dtype(student, teacher))
+
+
+@_op("row_gradient", f"({_ROWS}, {_SETTINGS}, Tensor statistics, {_UPSTREAM}) -> Tensor")
+def row_gradient(*args: Any) -> Tensor:
+    rows, settings, stats, upstream = Rows(*args[:4]), Settings(*args[4:13]), args[13], Coefficients(*args[14:])
+    s, t = rows.common()
+    grad = torch.empty_like(rows.student, memory_format=torch.contiguous_format)
+    grad[:, s.shape[1] :] = 0
+    _rows.gradient(settings.op(), s, t, rows.tokens, stats, upstream, grad[:, : s.shape[1]], rows.mask)
+    return grad
+
+
+@row_gradient.register_fake
+def _(student: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(student, memory_format=torch.contiguous_format)
+
+
+def _row_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _rows.refuse_second_derivative()
+    coefficients = _coefficients(ctx, upstream)
+    grad = None
+    if any(c is not None for c in coefficients):
+        grad = row_gradient(*ctx.saved_tensors[:4], *ctx.rest, ctx.saved_tensors[4], *coefficients)
+    return grad, *(None,) * (3 + len(ctx.rest))
+
+
+# From hidden states, logits made again --------------------------------------------------------------------------------
+
+
+def hidden_fields(batch: Batch, settings: Settings, chunk_bytes: int) -> Fields:
+    """Differentiable in the student's hidden states, weight and bias, for any upstream gradient a token."""
+    return Fields(*hidden_statistics(*batch, *settings, chunk_bytes)[:4])
+
+
+@_op("head_statistics", f"({_BATCH}, {_SETTINGS}, int chunk_bytes) -> {_STATISTICS}")
+def hidden_statistics(*args: Any) -> tuple[Tensor, ...]:
+    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
+    stats = head_statistics(batch.heads(settings.op(), chunk_bytes))
+    return (*_columns(stats), stats)
+
+
+@hidden_statistics.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    batch = Batch(*args[:8])
+    return _fake_statistics(batch.hidden, batch.dtype())
+
+
+@_op(
+    "head_gradient",
+    f"({_BATCH}, {_SETTINGS}, int chunk_bytes, Tensor statistics, {_UPSTREAM}, {_WANTED}) -> (Tensor, Tensor, Tensor)",
+)
+def hidden_gradient(*args: Any) -> tuple[Tensor, ...]:
+    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
+    heads = batch.heads(settings.op(), chunk_bytes)
+    return _filled(batch, head_gradient(heads, args[18], Coefficients(*args[19:22]), args[22:]))
+
+
+@hidden_gradient.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return _fake_gradients(Batch(*args[:8]), args[22:])
+
+
+def _hidden_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    _rows.refuse_second_derivative()
+    coefficients, wanted = _coefficients(ctx, upstream), ctx.needs_input_grad[:3]
+    grads: tuple[Tensor | None, ...] = (None,) * 3
+    if any(c is not None for c in coefficients) and any(wanted):
+        grads = hidden_gradient(*ctx.saved_tensors[:8], *ctx.rest, ctx.saved_tensors[8], *coefficients, *wanted)
+        grads = tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+    return *grads, *(None,) * (5 + len(ctx.rest))
+
+
+# From hidden states, the gradient made in forward ---------------------------------------------------------------------
+
+
+def hidden_loss(
+    batch: Batch, settings: Settings, chunk_bytes: int, objective: Objective, divisor: Tensor | None
+) -> tuple[Tensor, Fields, Tensor]:
+    """(sum of the objective over valid tokens / divisor, detached fields, clip flags bool [N])."""
+    policy = (None, None, None, 0.0, False, False) if objective.policy is None else objective.policy
+    wanted = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in batch[:3])
+    out = summed_loss(*batch, *settings, chunk_bytes, objective.value, objective.nll, *policy, divisor, *wanted)
+    return out[0], Fields(*out[1][:, :4].unbind(1)), out[2]
+
+
+@_op(
+    "head_loss",
+    f"({_BATCH}, {_SETTINGS}, int chunk_bytes, {_OBJECTIVE}, Tensor? divisor, {_WANTED}) -> "
+    "(Tensor loss, Tensor statistics, Tensor clipped, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
+)
+def summed_loss(*args: Any) -> tuple[Tensor, ...]:
+    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
+    policy = None if args[20] is None else _rows.Policy(*args[20:26])
+    heads = batch.heads(settings.op(), chunk_bytes)
+    loss, stats, clipped, grads = head_loss(heads, Objective(args[18], args[19], policy), args[26], args[27:])
+    return loss, stats, clipped, *_filled(batch, grads)
+
+
+@summed_loss.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    batch = Batch(*args[:8])
+    value, *_, stats = _fake_statistics(batch.hidden, batch.dtype())
+    clipped = torch.empty_like(value, dtype=torch.bool)
+    return value.new_empty(()), stats, clipped, *_fake_gradients(batch, args[27:], sums=True)
+
+
+def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    divisor = inputs[26]
+    pending = divisor is not None and divisor.device.type != "cpu"  # else the gradients are divided already
+    ctx.save_for_backward(*inputs[:3], *output[3:], divisor if pending else None)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    _rows.refuse_second_derivative()
+    student, grads, divisor = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6]
+    if upstream is None:
+        return (None,) * len(ctx.needs_input_grad)
+    scale = upstream if divisor is None else upstream / divisor
+    wanted = ctx.needs_input_grad[:3]
+    made = (times(g, scale, x) if want else None for g, x, want in zip(grads, student, wanted, strict=True))
+    return *made, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+# What they share ------------------------------------------------------------------------------------------------------
+
+
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors = 4 if len(inputs) == 4 + len(Settings._fields) else 8
+    ctx.save_for_backward(*inputs[:tensors], output[4])
+    ctx.tokens, ctx.rest = inputs[tensors - 2] is not None, inputs[tensors:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2], output[4])
+
+
+def _coefficients(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Coefficients:
+    """Gradients of outputs that hold nothing are dropped: torch.compile fills them in with zeros."""
+    settings = Settings(*ctx.rest[: len(Settings._fields)])
+    value, logprob, _, entropy, _ = upstream
+    return Coefficients(
+        None if settings.kind is None else value,
+        logprob if ctx.tokens else None,
+        entropy if settings.entropy else None,
+    )
+
+
+row_statistics.register_autograd(_row_backward, setup_context=_context)
+hidden_statistics.register_autograd(_hidden_backward, setup_context=_context)
+summed_loss.register_autograd(_loss_backward, setup_context=_loss_context)
+
+
+def _columns(stats: Tensor) -> tuple[Tensor, ...]:
+    return tuple(stats[:, i].clone() for i in (_rows.VALUE, _rows.LOGPROB, _rows.TEACHER_LOGPROB, _rows.ENTROPY))
+
+
+def _filled(batch: Batch, grads: Gradients) -> tuple[Tensor, ...]:
+    """An op returns tensors: an empty one for a gradient that is not wanted."""
+    return tuple(batch.hidden.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_statistics(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    tokens = like.shape[0]
+    fields = (like.new_empty(tokens, dtype=dtype) for _ in range(4))
+    return (*fields, like.new_empty(tokens, _rows.COLUMNS, dtype=dtype))
+
+
+def _fake_gradients(batch: Batch, wanted: tuple[bool, ...], sums: bool = False) -> tuple[Tensor, ...]:
+    def fake(x: Tensor | None, want: bool) -> Tensor:
+        if x is None or not want:
+            return batch.hidden.new_empty(0)
+        return x.new_empty(x.shape, dtype=accumulate_dtype(batch.hidden) if sums else x.dtype)
+
+    return tuple(fake(x, want) for x, want in zip(batch[:3], wanted, strict=True))
