@@ -96,6 +96,12 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted, exponentials, exponentials.sum(1, dtype=torch.float64).log()
 
 
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log-softmax of logits [b, V] at tokens [b], float64 [b]."""
+    shifted, _, log_sum = _exponentials(logits)
+    return shifted.gather(1, tokens[:, None])[:, 0].double() - log_sum
+
+
 def draw(
     student_logits: Tensor, teacher_logits: Tensor | None, u: Tensor, *, mix_alpha: float, top_p: float, top_k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

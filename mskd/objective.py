@@ -15,6 +15,7 @@ that sampled; reverse KL = KL(q || p) = KL(student || teacher), forward KL = KL(
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -114,7 +115,8 @@ def score(
 ) -> Rollout:
     """The rollout with teacher_logprobs = log p(y) at the phase's temperature, over the common vocabulary.
 
-    For rollouts in whose sampling the teacher did not decode. teacher_hidden [N, H]: of one prefill, in the order of
+    For rollouts of which the teacher did not decode every token; mixture_logprobs = log(a p(y) + (1 - a) q_old(y)), a
+    the phase's mix_alpha, are filled too where they are missing. teacher_hidden [N, H]: of one prefill, in the order of
     the rollout's tokens (`Teacher.hidden(rollout.to_batch(pad_id))`).
     """
     _check_rows(teacher_hidden, rollout.old_logprobs)
@@ -127,7 +129,17 @@ def score(
         **options,
         **_side(teacher_head, common),
     )
-    return replace(rollout, teacher_logprobs=logprobs.to("cpu", rollout.old_logprobs.dtype))
+    scored = logprobs.to("cpu", rollout.old_logprobs.dtype)
+    mixture = rollout.mixture_logprobs
+    if mixture is None:
+        mixture = _mix(scored, rollout.old_logprobs, phase.mix_alpha)
+    return replace(rollout, teacher_logprobs=scored, mixture_logprobs=mixture)
+
+
+def _mix(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: float) -> Tensor:
+    """log(alpha p + (1 - alpha) q) of log p and log q, any shape, in float64; 0 < alpha < 1."""
+    p, q = teacher_logprobs.double() + math.log(alpha), student_logprobs.double() + math.log1p(-alpha)
+    return torch.logaddexp(p, q).to(student_logprobs.dtype)
 
 
 # -- losses ---------------------------------------------------------------------------------------

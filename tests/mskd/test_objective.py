@@ -49,10 +49,18 @@ def moved(model, seed, by=0.03):
 
 
 def rolled_out(student, teacher, *, pad_id=0, temperature=1.0, mix_alpha=0.2, prompts=PROMPTS):
-    return sample(
+    rollout = sample(
         student, teacher, prompts, eos_id=EOS, pad_id=pad_id, max_new_tokens=12, mix_alpha=mix_alpha,
-        temperature=temperature, top_p=1.0, top_k=0, batch_size=5, seed=2, sequence_ids=range(len(prompts)),
+        temperature=temperature, top_p=1.0, top_k=0, batch_size=5, seed=3, sequence_ids=range(len(prompts)),
     )  # fmt: skip
+    return (
+        scored(rollout, teacher, MinillmPhase(mix_alpha=mix_alpha, temperature=temperature)) if mix_alpha else rollout
+    )
+
+
+def scored(rollout, model, phase):
+    frozen = Teacher(model, "fp32")
+    return objective.score(rollout, frozen.hidden(rollout.to_batch(EOS)), frozen.head, phase)
 
 
 def gradients(model):
@@ -415,6 +423,7 @@ def test_importance_weights_are_bounded_and_average_to_one():
         student, teacher, [prompt] * n, eos_id=-1, pad_id=0, max_new_tokens=T, mix_alpha=alpha, temperature=1.0,
         top_p=1.0, top_k=0, batch_size=n, seed=0, sequence_ids=range(n),
     )  # fmt: skip
+    rollout = scored(rollout, teacher, MinillmPhase(mix_alpha=alpha))
     weights, _ = rollout.padded(rollout.importance_weights)
     assert weights.min() > 0 and weights.max() <= 1 / (1 - alpha) + 1e-12 and weights.max() > 1.05
     seen = {}

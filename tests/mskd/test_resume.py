@@ -82,7 +82,7 @@ def test_killed_inside_a_rollout_a_step_and_a_save(setting, tmp_path, call):
     """The process kills itself at the n-th call of a function, so that the place is sure to be hit."""
     file, expected, _ = setting
     out = tmp_path / "out"
-    for module, name in (("mskd.rollout", "_decode"), ("mskd.hop", "backward"), ("mskd.checkpoint", "file_digest")):
+    for module, name in (("mskd.slots", "draw"), ("mskd.hop", "backward"), ("mskd.checkpoint", "file_digest")):
         code = (
             "import importlib, os, signal, sys\n"
             f"module = importlib.import_module('{module}'); real = module.{name}; left = [{call}]\n"

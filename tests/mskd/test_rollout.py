@@ -21,8 +21,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mskd.config import ConfigError
+from mskd import objective
+from mskd.config import ConfigError, MinillmPhase
 from mskd.draw import _inverse_cdf, draw, uniforms
+from mskd.models import Teacher
 from mskd.rollout import Interrupted, sample
 
 EOS, PAD = 1, 0
@@ -56,6 +58,12 @@ def run(student, teacher, prompts, **changes):
         batch_size=8, seed=3, sequence_ids=range(len(prompts)),
     )  # fmt: skip
     return sample(student, teacher, prompts, **(settings | changes))
+
+
+def scored(rollout, teacher, **phase):
+    """With what the frozen teacher's one pass after sampling gives."""
+    frozen = Teacher(teacher, "fp32")
+    return objective.score(rollout, frozen.hidden(rollout.to_batch(PAD)), frozen.head, MinillmPhase(**phase))
 
 
 PROMPTS = [[5, 2, 7], [3], [9, 8, 7, 6, 5, 4, 3], [2, 2], [4, 4, 4, 4, 4], [10], [6, 5], [8, 3, 2, 9]]
@@ -235,6 +243,8 @@ def test_sequences_follow_the_exact_distribution(alpha, temperature, top_k, top_
     for sequence in drawn:
         counts[place[sequence]] += 1
     assert chi_square(counts, list(expected.values()), n) > 1e-3
+    if rollout.mixture_logprobs is None:
+        rollout = scored(rollout, teacher, mix_alpha=alpha, temperature=temperature)
     # What is recorded is the probability of what was drawn.
     mass = rollout.padded(rollout.mixture_logprobs)[0].sum(1).exp()
     torch.testing.assert_close(mass, torch.tensor([expected[d] for d in drawn], dtype=torch.float64))
@@ -281,16 +291,17 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(family, attention, dtype
             p.data *= 4  # far from uniform
     rollout = run(student, teacher, PROMPTS * 3, max_new_tokens=20, batch_size=24, mix_alpha=0.4, temperature=0.8)
     assert rollout.response_lengths.unique().numel() > 2
-    old, scored = [], []
+    rollout = scored(rollout, teacher, mix_alpha=0.4, temperature=0.8)
+    old, expected = [], []
     for prompt, response in zip(rollout.prompts(), rollout.responses(), strict=True):
         places = torch.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-        for model, out in ((student, old), (teacher, scored)):
+        for model, out in ((student, old), (teacher, expected)):
             logprobs = full_logprobs(model, prompt + response, temperature=0.8)
             out.append(logprobs[places, torch.tensor(response)])
-    old, scored = torch.cat(old), torch.cat(scored)
+    old, expected = torch.cat(old), torch.cat(expected)
     torch.testing.assert_close(rollout.old_logprobs, old, rtol=0, atol=atol)
-    torch.testing.assert_close(rollout.teacher_logprobs, scored, rtol=0, atol=atol)
-    mixed = (0.4 * scored.exp() + 0.6 * old.exp()).log()
+    torch.testing.assert_close(rollout.teacher_logprobs, expected, rtol=0, atol=atol)
+    mixed = (0.4 * expected.exp() + 0.6 * old.exp()).log()
     torch.testing.assert_close(rollout.mixture_logprobs, mixed, rtol=0, atol=atol)
     torch.testing.assert_close(rollout.importance_weights, (old - mixed).exp(), rtol=0, atol=atol)
 
@@ -316,7 +327,10 @@ def test_samples_do_not_depend_on_batch_size_or_order():
 def assert_same(a, b, tolerance):
     assert a.prompts() == b.prompts() and a.responses() == b.responses()
     for name in ("old_logprobs", "mixture_logprobs", "teacher_logprobs"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=tolerance)
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
 
 
 def test_a_response_ends_with_eos_or_at_the_limit():
@@ -365,7 +379,8 @@ def test_fp32_and_16_bit_models():
     """Recorded in fp32; a 16-bit head on CPU gives the log-probabilities of its own weights, not of rounded logits."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 5e-2)):
         student = llama(24, seed=1, dtype=dtype)
-        rollout = run(student, llama(24, seed=2, dtype=dtype), PROMPTS, mix_alpha=0.3)
+        teacher = llama(24, seed=2, dtype=dtype)
+        rollout = scored(run(student, teacher, PROMPTS, mix_alpha=0.3), teacher, mix_alpha=0.3)
         assert rollout.old_logprobs.dtype == rollout.importance_weights.dtype == torch.float32
         assert rollout.importance_weights.max() <= 1 / 0.7 + 1e-5
         exact = student.double()
@@ -417,7 +432,7 @@ def test_bad_input():
 
 def test_rollout_is_flat_and_consistent():
     student, teacher = llama(24, seed=1), llama(24, seed=2)
-    rollout = run(student, teacher, PROMPTS, mix_alpha=0.3, max_new_tokens=12)
+    rollout = run(student, teacher, PROMPTS, mix_alpha=0.3, max_new_tokens=12, top_p=0.99)
     assert len(rollout) == len(PROMPTS) and rollout.prompts() == PROMPTS
     lengths = [len(r) for r in rollout.responses()]
     assert rollout.response_lengths.tolist() == lengths and rollout.response_offsets[-1] == len(rollout.old_logprobs)
