@@ -99,6 +99,16 @@ class Objective(NamedTuple):
     nll: float = 0.0
     policy: Policy | None = None
 
+    def at(self, rows: slice | Tensor) -> "Objective":
+        """The same for some tokens."""
+        if self.policy is None:
+            return self
+        old_logprobs, advantages, importance_weights = (x[rows] for x in self.policy[:3])
+        policy = self.policy._replace(
+            old_logprobs=old_logprobs, advantages=advantages, importance_weights=importance_weights
+        )
+        return self._replace(policy=policy)
+
 
 def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
     """Statistics [N, COLUMNS] -> losses [N], whether the clip took effect [N] (bool), the losses' derivatives."""
@@ -164,15 +174,18 @@ def gradient(
 
     A token whose value is +inf gets a gradient of 0, and so does one whose coefficients are all 0.
     """
-    given = [c for c in coefficients if c is not None]
-    if s.shape[0] == 0 or not given:
+    if s.shape[0] == 0 or all(c is None for c in coefficients):
         out.zero_()
         return
-    dead = (stats[:, VALUE] == torch.inf) | torch.stack([c == 0 for c in given]).all(0)
+    _path(op).gradient(op, s, t, tokens, stats, in_effect(coefficients, stats, live), out)
+
+
+def in_effect(coefficients: Coefficients, stats: Tensor, live: Tensor | None) -> Coefficients:
+    """The coefficients, 0 for tokens that are not live and for those with a value of +inf."""
+    dead = stats[:, VALUE] == torch.inf
     if live is not None:
         dead |= ~live
-    coefficients = Coefficients(*(None if c is None else c.masked_fill(dead, 0.0) for c in coefficients))
-    _path(op).gradient(op, s, t, tokens, stats, coefficients, out)
+    return Coefficients(*(None if c is None else c.masked_fill(dead, 0.0) for c in coefficients))
 
 
 def fused(
@@ -186,14 +199,28 @@ def fused(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics [N, COLUMNS], losses [N] and clip flags [N]; the gradient of the losses' sum goes to `out`.
 
-    `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. What `statistics`, `evaluate` and
-    `gradient` do one after the other, in one go.
+    `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. The same as `in_steps`, in one go.
     """
+    if op.backend == "triton":
+        return in_steps(op, s, t, tokens, objective, out, live)
+    return _path(op).fused(op, s, t, tokens, objective, out, live)
+
+
+def in_steps(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    objective: Objective,
+    out: Tensor,
+    live: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused` by its parts: `statistics`, `evaluate` and `gradient`, one after the other."""
     stats = statistics(op, s, t, tokens, live)
     losses, clipped, coefficients = evaluate(objective, stats)
     if live is not None:
         losses, clipped = losses.masked_fill(~live, 0.0), clipped & live
-    gradient(op, s, t, tokens, stats, coefficients, out)
+    gradient(op, s, t, tokens, stats, coefficients, out, live)
     return stats, losses, clipped
 
 
