@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.checkpoint import write_text
-from mskd.results import ON_POLICY, Stored, mean, on_policy, paired, shown, summary
+from mskd.results import LEVEL, ON_POLICY, Stored, comparisons, mean, on_policy, shown, summary
 from mskd.statistics import Lines
 
 __all__ = ["summary", "write_report"]
@@ -143,29 +143,30 @@ def _figure(
 
 def _comparisons(stored: Stored) -> str:
     """Every two paths to the same student, compared item by item."""
-    lines = []
-    paths = list(dict.fromkeys(stored.paths))
-    for i, a in enumerate(paths):
-        for b in paths[i + 1 :]:
-            if a.split(">")[-1] == b.split(">")[-1] and a.split(">")[0] == b.split(">")[0]:
-                lines += _comparison(stored, a, b)
-    return "Item by item (paired bootstrap over the test items, 95 %):\n\n" + "\n".join(lines) if lines else ""
+    tests = comparisons(stored)
+    if not tests:
+        return ""
+    head = ["Compared", "Figure", "Difference", "p", "p, Holm", "Verdict"]
+    note = (
+        f"Differences a - b with their 95 % interval (paired bootstrap over the test items); p: two-sided paired "
+        f"permutation test over the items; Holm: corrected over the {len(tests)} tests of this table. A verdict needs "
+        f"p < {LEVEL:g} after the correction."
+    )
+    return f"## Paths compared\n\n{_markdown([head, *(_comparison(test) for test in tests)])}\n\n{note}"
 
 
-def _comparison(stored: Stored, a: str, b: str) -> list[str]:
-    lines = []
-    compared = (("ROUGE-L", "rouge_l", True, "{:+.1f}"), ("reverse KL", "reverse_kl", False, "{:+.3f}"))
-    for title, field, more, form in compared:
-        teacher = a.split(">")[0] if field == "reverse_kl" else None
-        test = paired(stored, stored.final(a), stored.final(b), teacher, field)
-        if test is None:
-            continue
-        better = a if (test["mean"] > 0) == more else b
-        decided = test["low"] > 0 or test["high"] < 0
-        verdict = f"`{shown(better)}` is better" if decided else "no difference is shown"
-        interval = f"{form.format(test['mean'])} [{form.format(test['low'])}, {form.format(test['high'])}]"
-        lines.append(f"- {title} of `{shown(a)}` minus `{shown(b)}`: {interval}; {verdict}")
-    return lines
+def _comparison(test: Mapping[str, Any]) -> list[str]:
+    title, _, more, _ = next(c for c in COLUMNS if c[1] == test["field"])
+    form = "{:+.1f}" if test["field"] == "rouge_l" else "{:+.3f}"
+    a, b = shown(test["a"]), shown(test["b"])
+    better = a if (test["mean"] > 0) == more else b
+    verdict = f"`{better}` is better" if test["p_holm"] < LEVEL else "no difference is shown"
+    interval = f"{form.format(test['mean'])} [{form.format(test['low'])}, {form.format(test['high'])}]"
+    return [f"`{a}` - `{b}`", title, interval, *(_p_value(test[name]) for name in ("p", "p_holm")), verdict]
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _hop(stored: Stored, hop: str) -> str:

@@ -8,6 +8,7 @@ Only files are read, no model. Of what is not there the figures are None, and `S
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import ConfigError
-from mskd.statistics import Lines, item_values, paired_bootstrap, read_lines, summarize
+from mskd.statistics import Lines, holm, item_values, paired_bootstrap, paired_permutation, read_lines, summarize
 
 ON_POLICY = ("minillm", "lmops")
+COMPARED = ("rouge_l", "reverse_kl")  # what students of two paths are compared by
+LEVEL = 0.05  # of significance, after Holm's correction over a run's comparisons
 # What a student must reach; the summary says for each whether it did.
 PERPLEXITY_GAIN, PERPLEXITY_RISE, ANSWER_KEPT = 5.0, 1.2, 0.75
 
@@ -157,12 +160,37 @@ def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
 
 def paired(stored: Stored, a: str | None, b: str | None, teacher: str | None, field: str = "reverse_kl") -> Any:
     """Paired bootstrap of a - b between two evaluation files on one field, or None where a side has no value."""
+    sides = _sides(stored, a, b, teacher, field)
+    return paired_bootstrap(*sides) if sides else None
+
+
+def _sides(stored: Stored, a: str | None, b: str | None, teacher: str | None, field: str) -> Any:
+    """The values by item of two evaluation files; None unless both have them for the same items."""
     if a is None or b is None or (field == "reverse_kl" and teacher is None):
         return None
     sides = [item_values(stored.lines(file, file) or [], field, teacher) for file in (a, b)]
-    if not sides[0] or sides[0].keys() != sides[1].keys():
-        return None
-    return paired_bootstrap(*sides)
+    return sides if sides[0] and sides[0].keys() == sides[1].keys() else None
+
+
+def comparisons(stored: Stored) -> list[dict[str, Any]]:
+    """Every two paths with the same teacher and student, compared item by item on every field of COMPARED.
+
+    For each: a, b (paths), field, paired_bootstrap's keys for a - b, p (paired permutation test) and p_holm (corrected
+    over all comparisons of the run).
+    """
+    found = []
+    paths = list(dict.fromkeys(stored.paths))
+    ends = {path: (path.split(">")[0], path.split(">")[-1]) for path in paths}
+    for a, b in itertools.combinations(paths, 2):
+        for field in COMPARED if ends[a] == ends[b] else ():
+            teacher = ends[a][0] if field == "reverse_kl" else None
+            sides = _sides(stored, stored.final(a), stored.final(b), teacher, field)
+            if sides and len(sides[0]) > 1:
+                found.append({"a": a, "b": b, "field": field, **paired_bootstrap(*sides)})
+                found[-1]["p"] = paired_permutation(*sides)
+    for test, corrected in zip(found, holm([test["p"] for test in found]), strict=True):
+        test["p_holm"] = corrected
+    return found
 
 
 def summary(run: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import pytest
 
 from mskd.config import ConfigError
 from mskd.report import _fenced, _markdown, _text, write_report
-from mskd.results import Stored, summary
-from mskd.statistics import item_values, paired_bootstrap, read_lines, summarize
+from mskd.results import Stored, comparisons, summary
+from mskd.statistics import holm, item_values, paired_bootstrap, paired_permutation, read_lines, summarize
 
 CHAIN, DIRECT, TA = "teacher>ta>student", "teacher>student", "teacher>ta"
 ITEMS = 12
@@ -243,8 +243,24 @@ def test_the_table_shows_chain_and_direct_and_the_winner_in_bold(run):
     assert [c.startswith("**") for c in direct] == [False, True, False, False, False, False, False]
     assert not any("**" in c for c in table["`teacher`"] + table["`teacher > ta`"])  # only students compete
     assert (chain[0], chain[-1], direct[-1], table["`teacher`"][-1]) == ("84.9 M", "11.0 min", "5.5 min", "–")
-    compared = re.search(r"- reverse KL of `teacher > ta > student` minus `teacher > student`: (.*)", report)[1]
-    assert re.fullmatch(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]; `teacher > ta > student` is better", compared)
+    cells = re.search(r"\| (`teacher > ta > student` - `teacher > student` \| Reverse KL .*) \|", report)[1].split(
+        " | "
+    )
+    assert re.fullmatch(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", cells[2])
+    assert cells[5] == "`teacher > ta > student` is better"
+
+
+def test_paths_are_compared_by_permutation_and_corrected_together(run):
+    kl, rouge = (
+        paired_permutation(
+            *(item_values(read_lines(file_of(run, path, "final")), field, t) for path in (CHAIN, DIRECT))
+        )
+        for field, t in (("reverse_kl", "teacher"), ("rouge_l", None))
+    )
+    tests = {test["field"]: test for test in comparisons(Stored(run))}
+    assert {f: t["p"] for f, t in tests.items()} == {"reverse_kl": kl, "rouge_l": rouge}
+    assert [t["p_holm"] for t in tests.values()] == holm([t["p"] for t in tests.values()])
+    assert all((t["a"], t["b"]) == (CHAIN, DIRECT) for t in tests.values())
 
 
 def test_equal_students_are_both_bold_and_a_lone_one_is_not(run):
