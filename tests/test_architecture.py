@@ -18,9 +18,9 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": (set(), {"pydantic"}),
     "hardware": ({"config"}, {"torch", "mskd_kernels"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
-    "optim": ({"config"}, {"torch"}),
+    "optim": ({"config", "quantize"}, {"torch"}),
     "draw": (set(), {"torch"}),
-    "statistics": ({"config"}, {"numpy"}),
+    "statistics": ({"config"}, {"numpy", "scipy"}),
     "quantize": ({"config"}, {"torch", "transformers", "bitsandbytes"}),
     "sources": (
         {"config", "checkpoint"},
@@ -48,7 +48,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},
         {"torch", "accelerate"},
     ),
-    "nodes": (LEAVES | {"data", "models"}, set()),
+    "nodes": (LEAVES | {"data", "models", "optim"}, set()),
     "chain": (
         LEAVES | {"nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
         {"torch", "accelerate"},
