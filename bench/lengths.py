@@ -55,7 +55,7 @@ class Answers:
     def sample(self, student: Any, teacher: Any, prompts: Sequence[Sequence[int]], **options: Any) -> rollout.Rollout:
         """`mskd.rollout.sample` with answers of these lengths. Raises ValueError where they are not."""
         last = {signed(i): n - 1 for i, n in zip(options["sequence_ids"], self.of(prompts), strict=True)}
-        with mock.patch.object(rollout, "uniforms", _ending(last)):
+        with mock.patch.object(rollout, "uniforms", _ending(last, options["mix_alpha"])):
             found = rollout.sample(student, teacher, prompts, **options)
         self.check(prompts, found.responses())
         return found
@@ -72,12 +72,16 @@ class Answers:
                 raise ValueError(f"an answer of {want} tokens came with {len(response)}, end tokens at {ends}")
 
 
-def _ending(last: dict[int, int]) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """mskd.draw.uniforms, with almost 1 at the last position of each sequence."""
+def _ending(last: dict[int, int], alpha: float) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """mskd.draw.uniforms, with almost 1 at the last position of each sequence.
+
+    Of the numbers below alpha, which may draw the teacher's tokens, and of those above it, the lower part MOST is used.
+    """
 
     def ending(seed: int, sequence_ids: Tensor, positions: Tensor) -> Tensor:
         ends = torch.tensor([last[i] for i in sequence_ids.flatten().tolist()], device=sequence_ids.device)
-        u = MOST * uniforms(seed, sequence_ids, positions)
+        u = uniforms(seed, sequence_ids, positions)
+        u = torch.where(u < alpha, MOST * u, alpha + MOST * (u - alpha))
         return u.masked_fill(positions == ends.view(sequence_ids.shape), 1 - 2.0**-53)
 
     return ending
