@@ -21,7 +21,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from mskd_kernels import linear_divergence, linear_logprobs, linear_minillm_loss
+from mskd_kernels import (
+    linear_cross_entropy,
+    linear_divergence,
+    linear_kd_loss,
+    linear_logprobs,
+    linear_minillm_loss,
+)
 from torch import Tensor
 
 from mskd.config import KdPhase, MinillmPhase
@@ -278,7 +284,11 @@ def _supervised(
     weight: float = 1.0,
     prefix: str = "",
 ) -> Callable[[Tensor, Head, float], tuple[Tensor, Stats]]:
-    """weight ((1 - kd_ratio) CE + kd_ratio T^2 forward KL); a part whose share is 0 is not computed."""
+    """weight ((1 - kd_ratio) CE + kd_ratio T^2 forward KL); a part whose share is 0 is not computed.
+
+    Factors of the loss go into the denominator: the gradient is made with the loss, and what comes after would cost a
+    pass over that of the weight.
+    """
     if kd_ratio > 0:
         if teacher_hidden is None or teacher_head is None:
             raise ValueError(f"kd_ratio is {kd_ratio}, which needs the teacher's hidden states and head")
@@ -286,30 +296,23 @@ def _supervised(
 
     def compute(hidden: Tensor, head: Head, denominator: float) -> tuple[Tensor, Stats]:
         targets = batch.targets.to(hidden.device)
-        stats = {f"{prefix}tokens": torch.tensor(float(len(targets)), device=hidden.device)}
-        loss: Tensor | float = 0.0
-        if kd_ratio < 1:
-            logprobs, _ = linear_logprobs(hidden, head.weight, targets, **options, **_side(head))
-            nll = -logprobs.sum()
-            stats[f"{prefix}nll"] = nll.detach()
-            loss = nll * (weight * (1 - kd_ratio) / denominator)
-        if kd_ratio > 0:
-            assert teacher_hidden is not None and teacher_head is not None
-            forward_kl = linear_divergence(
-                hidden,
-                head.weight,
-                teacher_hidden.to(hidden.device),
-                teacher_head.weight,
-                "forward_kl",
-                temperature=temperature,
-                reduction="sum",
-                **options,
-                **_sides(head, teacher_head),
-            )
-            stats[f"{prefix}forward_kl"] = forward_kl.detach()
-            loss = loss + forward_kl * (weight * kd_ratio * temperature**2 / denominator)
-        assert isinstance(loss, Tensor)
-        return loss, stats
+        loss, sums = parts(hidden, head, targets, denominator)
+        tokens = torch.tensor(float(len(targets)), device=hidden.device)
+        named = {"tokens": tokens, **{name: x.detach() for name, x in sums.items()}}
+        return loss if weight == 1 else loss * weight, {f"{prefix}{name}": x for name, x in named.items()}
+
+    def parts(hidden: Tensor, head: Head, targets: Tensor, denominator: float) -> tuple[Tensor, Stats]:
+        if teacher_hidden is None or teacher_head is None or kd_ratio == 0:
+            loss = linear_cross_entropy(hidden, head.weight, targets, denominator=denominator, **options, **_side(head))
+            return loss, {"nll": loss * denominator}
+        both = hidden, head.weight, teacher_hidden.to(hidden.device), teacher_head.weight
+        settings = {"temperature": temperature, **options, **_sides(head, teacher_head)}
+        if kd_ratio == 1:
+            share = denominator / temperature**2
+            loss = linear_divergence(*both, "forward_kl", reduction="mean", denominator=share, **settings)
+            return loss, {"forward_kl": loss * share}
+        result = linear_kd_loss(*both, targets, kd_ratio=kd_ratio, denominator=denominator, **settings)
+        return result.loss, {"nll": result.nll.sum(), "forward_kl": result.divergence.sum()}
 
     return compute
 
