@@ -25,7 +25,7 @@ from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
 from mskd.config import Config, ConfigError, EvaluateConfig, MinillmPhase, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.data import SequenceBatch, end_token_id, load_data, load_items
-from mskd.hardware import Hardware, detect
+from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
 from mskd.rollout import Interrupted
@@ -147,6 +147,8 @@ class Chain:
         self.directory = out / "runs" / config.name
         check_trackers(config.run.trackers)
         self.hardware = detect(config.run.device, config.train.precision, config.run.attention)
+        if self.hardware.device.type == "cpu":
+            keep_freed_memory()
         _writable(out)
         self.accelerator = make_accelerator(self.hardware)
         self.main = self.accelerator.is_main_process

@@ -225,16 +225,28 @@ def load_state(folder: Path) -> State | None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by name ('index.key') and plain values."""
+    """An optimizer's state as tensors by name ('index.key'), none sharing memory, and plain values."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
+    seen: set[int] = set()
     for index, entries in optimizer.state_dict()["state"].items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value
+                shared = value.data_ptr() in seen
+                tensors[f"{index}.{key}"] = value.clone() if shared else value
+                seen.add(value.data_ptr())
             else:
                 plain[f"{index}.{key}"] = value
     return tensors, plain
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """One parameter's entries. bitsandbytes has its 8-bit ones in a dictionary of their own, which loading undoes."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield key, value
 
 
 def unpack_optimizer(

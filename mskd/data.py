@@ -127,9 +127,13 @@ class SequenceBatch:
 
     def to(self, device: torch.device | str) -> SequenceBatch:
         """The same batch on a device."""
-        own = None if self.position_ids is None else self.position_ids.to(device)
-        tensors = (self.input_ids, self.attention_mask, self.positions, self.targets)
-        return SequenceBatch(*(t.to(device) for t in tensors), own)
+        return SequenceBatch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            positions=self.positions.to(device),
+            targets=self.targets.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+        )
 
 
 def order(n: int, epoch: int, seed: int) -> list[int]:

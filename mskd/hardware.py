@@ -6,6 +6,7 @@ hardware = detect("cuda", precision="fp16")  # a wish; ConfigError where this ma
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -127,6 +128,17 @@ def detect(
         llm_int8=llm_int8,
         reasons=reasons,
     )
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that tensors on the CPU free, for the next ones; whether the system can.
+
+    glibc gives big blocks back at once and asks for them again, page by page, at the next step: about a tenth of a
+    step's time (docs/memory.md). The process then stays as big as it ever was.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
+    return mallopt is not None and mallopt(M_TRIM_THRESHOLD, -1) == mallopt(M_MMAP_THRESHOLD, 2**30) == 1
 
 
 def _device(wish: str, facts: Probe, reasons: dict[str, str]) -> Gpu | None:

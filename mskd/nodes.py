@@ -15,6 +15,7 @@ from mskd import checkpoint, models
 from mskd.config import Config, ConfigError, MinillmPhase, ModelConfig, Phase
 from mskd.data import Splits, load_data, load_text
 from mskd.hardware import Hardware
+from mskd.optim import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ class Graph:
     def __init__(self, config: Config, out: Path, hardware: Hardware, echo: Callable[[str], None] = print) -> None:
         self.config, self.out, self.hardware = config, out, hardware
         used = self._used()
+        phases = self._phases(used)
+        for phase in phases:
+            check_optimizer(phase)
         for path in config.chain.paths:
             for name in path[:-1]:
                 models.check_precision(config.models[name].precision, hardware)
@@ -74,9 +78,8 @@ class Graph:
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.sizes = self._sizes(used)
         self.tokenizer = self._tokenizer()
-        self.data: Splits = load_data(
-            config.data, self.tokenizer, seed=config.seed, need_responses=self._need_responses(used)
-        )
+        need_responses = not all(isinstance(p, MinillmPhase) for p in phases)
+        self.data: Splits = load_data(config.data, self.tokenizer, seed=config.seed, need_responses=need_responses)
         text = config.data.text
         self.text = load_text(text, self.tokenizer, config.data.max_tokens) if text else ()
         rows = [[e.prompt_ids, e.response_ids] for split in (self.data.train, self.data.validation) for e in split]
@@ -142,11 +145,11 @@ class Graph:
             models.check_same_tokenizer(top, tokenizer, first, name)
         return top
 
-    def _need_responses(self, used: list[str]) -> bool:
+    def _phases(self, used: list[str]) -> list[Phase]:
+        """Every phase of the run."""
         hops = {pair for path in self.config.chain.paths for pair in zip(path, path[1:], strict=False)}
         phases = [p for a, b in hops for p in self.config.hop_phases(a, b)]
-        phases += [p for name in used for p in self.config.models[name].prepare]
-        return not all(isinstance(p, MinillmPhase) for p in phases)
+        return phases + [p for name in used for p in self.config.models[name].prepare]
 
     def _make_nodes(self) -> None:
         nodes = self.nodes

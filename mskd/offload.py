@@ -31,7 +31,7 @@ class Waiting:
     def lent(self) -> Iterator[None]:
         """Inside, the weights are on the device; may be nested, and only the outermost one moves them."""
         if not self.users:
-            self._put([t.to(self.device, non_blocking=True) for t in self.home])
+            self._put([t.to(self.device, non_blocking=True, copy=True) for t in self.home])
         self.users += 1
         try:
             yield

@@ -83,8 +83,10 @@ def quantize(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     return q, row_max / 127
 
 
-def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, or ConfigError that names it."""
+def import_bitsandbytes(
+    need: str = "8-bit teachers need", instead: str = "the model's precision to bf16, fp16 or fp32"
+) -> ModuleType:
+    """bitsandbytes, or ConfigError that names it, who needs it and what to set instead."""
     # Its import warns where the optional package `kernels` is missing, which only its 4-bit path would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -92,7 +94,6 @@ def import_bitsandbytes() -> ModuleType:
         import bitsandbytes.functional
     except ImportError as e:
         raise ConfigError(
-            f"8-bit teachers need bitsandbytes, which cannot be imported ({e}); "
-            "pip install bitsandbytes, or set the model's precision to bf16, fp16 or fp32"
+            f"{need} bitsandbytes, which cannot be imported ({e}); pip install bitsandbytes, or set {instead}"
         ) from None
     return bitsandbytes

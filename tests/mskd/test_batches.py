@@ -1,15 +1,23 @@
 """Forwards of little padding: how sequences are cut and packed, and that losses and gradients stay what they were."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import FAMILY_CONFIGS, PAD, V, build
+from tiny import build_llama, build_tokenizer
 
 from mskd import objective
-from mskd.config import KdPhase
-from mskd.data import SequenceBatch
-from mskd.models import Student, Teacher
+from mskd.batches import OnPolicy, forwards, lay_out
+from mskd.config import ConfigError, KdPhase, MinillmPhase, parse
+from mskd.data import Example, SequenceBatch, Splits
+from mskd.hardware import detect
+from mskd.hop import Job, backward, real_tokens
+from mskd.models import Student, Teacher, check_offload, check_packing
+from mskd.offload import Waiting
 from mskd.packing import REAL, cut, fill_rows
 
 
@@ -137,3 +145,130 @@ def test_packed_rows_keep_the_order_of_the_targets():
     assert batch.input_ids.flatten()[batch.positions].tolist() == [6, 7, 12, 10]
     with pytest.raises(ValueError, match="each of the 3 sequences once"):
         SequenceBatch.from_sequences(prompts, responses, PAD, rows=[[0, 1], [1]])
+
+
+# -- a round of an on-policy phase -----------------------------------------------------------------
+
+
+def round_of(teacher_model=None, *, objective_name="minillm", text=(), **train):
+    """A source of steps over a tiny Llama's own samples, and its job."""
+    tokenizer = build_tokenizer()
+    phase = MinillmPhase.model_validate(
+        {"objective": objective_name, "steps": 8, "rollouts": 8, "rollout_batch_size": 3, "batch_size": 4,
+         "micro_batch_size": 4, "ppo_epochs": 2, "max_new_tokens": 12, "warmup_steps": 0}
+    )  # fmt: skip
+    models = {"teacher": {"source": "x"}, "student": {"source": "x"}}
+    tree = {"models": models, "chain": {"paths": [["teacher", "student"]]}, "phases": [phase.model_dump()]}
+    draw = random.Random(1)
+    prompts = [tuple(draw.randrange(4, 300) for _ in range(draw.randint(2, 20))) for _ in range(12)]
+    job = Job(
+        name="round", directory=Path(), seed=0, phases=(phase,), student=build_llama(tokenizer, layers=2, seed=1),
+        tokenizer=tokenizer, data=Splits(tuple(Example("", p, (), ()) for p in prompts), (), (), ""), text=text,
+        teacher=Teacher((teacher_model or build_llama(tokenizer, layers=3, seed=2)).requires_grad_(False), "fp32"),
+        config=parse(tree | {"train": train}), hardware=detect("cpu"), accelerator=Accelerator(cpu=True),
+    )  # fmt: skip
+    return OnPolicy(job, phase, seed=5), job
+
+
+def losses(job, micros):
+    student = Student(job.student).eval()
+    return [student(batch, loss.over(1.0))[0] for batch, loss in micros]
+
+
+def test_hidden_states_kept_for_the_round_give_the_losses_of_a_fresh_pass_of_the_teacher():
+    source, job = round_of()
+    for step in range(4):
+        kept = losses(job, source.work(step))
+        number, inside = divmod(step, source.steps_per_round)
+        chosen = source._batch(number, *divmod(inside, source.batches))
+        parts = forwards(job, source.rollout.offsets.diff()[chosen].tolist(), source.phase.micro_batch_size)
+        fresh = []
+        for part in ([chosen[i] for i in p] for p in parts):
+            rollout = source.rollout.select(part)
+            batch = lay_out(job, rollout.prompts(), rollout.responses())
+            hidden = job.teacher.hidden(batch)
+            torch.testing.assert_close(source.teacher_hidden.get(part), hidden, rtol=1e-4, atol=1e-4)
+            advantages = source.advantages[source.rollout.token_indices(part)]
+            loss = objective.minillm_loss(rollout, advantages, hidden, job.teacher.head, source.phase)
+            fresh.append(losses(job, [(batch, loss)])[0])
+        torch.testing.assert_close(torch.stack(kept), torch.stack(fresh), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_a_step_has_little_padding_the_plain_text_included_and_is_made_again_the_same(batching):
+    text = tuple(tuple(range(4, 4 + n)) for n in (30, 30, 30, 7))
+    source, job = round_of(objective_name="lmops", text=text, batching=batching)
+    again, _ = round_of(objective_name="lmops", text=text, batching=batching)
+    for step in range(4):
+        micros = source.work(step)
+        assert {loss.term for _, loss in micros} == {"minillm", "lm"}
+        assert real_tokens(job.accelerator, micros) >= REAL
+        if step == 2:  # a round that goes on from its saved state
+            again.restore(step, source.state(step))
+        if step >= 2:
+            for (batch, loss), (other, other_loss) in zip(micros, again.work(step), strict=True):
+                assert torch.equal(batch.input_ids, other.input_ids)
+                assert torch.equal(*losses(job, [(batch, loss), (other, other_loss)]))
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pack"])
+def test_scores_of_a_round_come_in_the_order_of_its_sequences(batching):
+    source, job = round_of(batching=batching)
+    source.phase = source.phase.model_copy(update={"mix_alpha": 0.0})  # sampling then leaves the teacher out
+    source.work(0)
+    for i in range(len(source.rollout)):
+        alone = source.rollout.select([i])
+        batch = alone.to_batch(2)
+        hidden = job.teacher.hidden(batch)
+        torch.testing.assert_close(source.teacher_hidden.get([i]), hidden, rtol=1e-4, atol=1e-4)
+        scores = (hidden @ job.teacher.head.weight.T).log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        torch.testing.assert_close(alone.teacher_logprobs, scores, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    found = []
+    for checkpointing in (False, True):
+        source, job = round_of()
+        student = Student(job.student, gradient_checkpointing=checkpointing)
+        backward(job.accelerator, student, source.work(0))
+        found.append({n: p.grad for n, p in student.named_parameters()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+# -- where the teacher lies ------------------------------------------------------------------------
+
+
+def test_a_teacher_that_waits_is_lent_whole_and_goes_home_again():
+    model = build_llama(build_tokenizer(), layers=2)
+    head = model.lm_head.weight
+    batch = SequenceBatch.from_sequences(*sequences(), PAD)
+    expected = Teacher(model, "fp32").hidden(batch)
+    waiting = Waiting(model, stay=[head], device=torch.device("cpu"))  # lends copies, as to a GPU
+    teacher = Teacher(model, "fp32", waiting)
+    others = [p for p in [*model.parameters(), *model.buffers()] if p is not head]
+    home, stayed = [p.data_ptr() for p in others], head.data_ptr()
+    assert home == [t.data_ptr() for t in waiting.home]
+    with teacher.on_device():
+        lent = [p.data_ptr() for p in others]
+        assert not set(lent) & set(home) and head.data_ptr() == stayed
+        assert torch.equal(teacher.hidden(batch), expected)
+        assert [p.data_ptr() for p in others] == lent
+    assert [p.data_ptr() for p in others] == home
+    with pytest.raises(KeyError), teacher.on_device():
+        raise KeyError  # it goes home then too
+    assert [p.data_ptr() for p in others] == home
+    assert torch.equal(teacher.hidden(batch), expected)
+
+
+def test_what_packing_and_offloading_cannot_do_is_refused():
+    cpu = detect("cpu")
+    with pytest.raises(ConfigError, match="run.teacher_offload: on a CPU the teacher is in host memory already"):
+        check_offload("int8", cpu)
+    with pytest.raises(ConfigError, match="the weights of LLM.int8 cannot be moved; use int8"):
+        check_offload("llm_int8", replace(cpu, device=torch.device("cuda")))
+    opt, llama = build(FAMILY_CONFIGS["opt"]), build(FAMILY_CONFIGS["llama"])
+    with pytest.raises(ConfigError, match="OPTForCausalLM does not keep the sequences of a row apart under flash-attn"):
+        check_packing(opt, "flash_attention_2")
+    check_packing(opt, "sdpa")
+    check_packing(llama, "flash_attention_2")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from chain_setup import environment
 
 from mskd.config import ConfigError
 from mskd.hardware import Gpu, Probe, detect, probe
@@ -92,3 +96,19 @@ def test_this_machine_can_be_probed():
     assert facts.cpu_memory_bytes > 2**28
     assert len(facts.gpus) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert detect() == detect()
+
+
+def test_freed_memory_is_kept_for_the_next_tensor():
+    code = (
+        "import resource, torch; from mskd.hardware import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(8): torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "faults(); given_back = faults(); can = keep_freed_memory(); faults(); print(int(can), given_back, faults())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    can, given_back, kept = map(int, result.stdout.split())
+    if not can:
+        pytest.skip("this system's C library is not glibc")
+    assert given_back > 1000 and kept < given_back / 100

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,12 +10,12 @@ import torch
 import torch.multiprocessing as mp
 from tiny import build_llama, build_tokenizer
 
-from mskd import batches, objective
-from mskd.config import KdPhase, MinillmPhase, SftPhase
+from mskd import batches, checkpoint, objective
+from mskd.config import ConfigError, KdPhase, MinillmPhase, SftPhase
 from mskd.data import SequenceBatch, order
 from mskd.hop import backward, resolve_steps
 from mskd.models import Student, Teacher
-from mskd.optim import learning_rate, make_optimizer
+from mskd.optim import check_optimizer, learning_rate, make_optimizer
 from mskd.rollout import Rollout
 
 
@@ -78,7 +79,7 @@ def one_of_two(rank, port, queue):
     }  # fmt: skip
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
-    results = [gradients(accelerator, kind, 2) for kind in KINDS]
+    results = [gradients(accelerator, kind, 2 - rank) for kind in KINDS]  # 2 forwards beside 4
     accelerator.free_memory()  # the wrappers go before the process group: after it, torch can deadlock on the GIL
     if rank == 0:
         queue.put(results)
@@ -179,6 +180,43 @@ def test_learning_rates():
     assert learning_rate(cosine, 0, 10) == 1.0 and learning_rate(cosine, 5, 10) == pytest.approx(0.5)
     linear = SftPhase(steps=10, lr=1.0, warmup_steps=2, schedule="linear")
     assert learning_rate(linear, 6, 10) == pytest.approx(0.5)
+
+
+def train_some(model, optimizer, steps):
+    for step in range(*steps):
+        batch = SequenceBatch.from_sequences(*sequences(6, step), 2)
+        value, _ = Student(model)(batch, objective.sft_loss(batch).over(len(batch.targets)))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_an_optimizer_that_was_saved_goes_on_with_the_same_bits(kind, tmp_path):
+    phase = SftPhase(steps=6, lr=1e-2, optimizer=kind)
+    whole = build_llama(build_tokenizer(), layers=2, seed=1)
+    train_some(whole, make_optimizer(whole, phase), (0, 6))
+    model = build_llama(build_tokenizer(), layers=2, seed=1)
+    optimizer = make_optimizer(model, phase)
+    train_some(model, optimizer, (0, 3))
+    tensors, plain = checkpoint.pack_optimizer(optimizer)
+    checkpoint.save_state(tmp_path, {"optimizer": plain}, tensors)
+    saved = checkpoint.load_state(tmp_path)
+    resumed = make_optimizer(model, phase)
+    checkpoint.unpack_optimizer(resumed, saved.tensors, saved.meta["optimizer"])
+    train_some(model, resumed, (3, 6))
+    for (name, expected), parameter in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, expected), name
+    in_8_bits = sum(t.numel() for t in tensors.values() if t.dtype == torch.uint8)
+    embedding = model.get_input_embeddings().weight.numel()  # alone of this model's tensors it has 4096 values
+    assert in_8_bits == (2 * embedding if kind == "adamw_8bit" else 0)
+
+
+def test_without_bitsandbytes_the_8_bit_optimizer_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="'adamw_8bit' needs bitsandbytes, .*pip install bitsandbytes.*'adamw'"):
+        check_optimizer(SftPhase(steps=1, optimizer="adamw_8bit"))
+    check_optimizer(SftPhase(steps=1))
 
 
 def test_weight_decay_leaves_norms_and_biases_alone():
