@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from bench.harness import (
     stopwatch,
     table,
 )
-from bench.kl_cases import NAMES, Case, relative_error, truth
+from bench.kl_cases import NAMES, Case, Inputs, relative_error, truth
 from bench.kl_providers import gemms, providers
 from bench.plot import Panel, draw
 
@@ -114,56 +116,71 @@ def _cases(shapes: Sequence[str] | None, dtypes: Sequence[str] | None, smoke: bo
 def measure(
     case: Case, device: torch.device, clock: Stopwatch, seconds: float, copy_gb_s: float
 ) -> tuple[list[Row], dict[str, str]]:
-    """(rows, what was left out and why) of one shape; a provider that runs out of memory is left out."""
+    """(rows, what was left out and why) of one shape; who runs out of memory is left out."""
     torch.compiler.reset()
     try:
-        calls, errors, wrong, left_out = _checked(case, device)
-        if case.hidden is not None:
-            calls["gemm"] = gemms(*case.inputs(LEVELS[-1], device))
-        rounds = _rounds(calls, clock, seconds)
-        found = figures(interleave(calls, rounds, clock), base="eager")
-        memory = {name: peak_extra_bytes(call, device) for name, call in calls.items() if name != "gemm"}
+        checked = check(case, device)
+        found, memory = _figures(checked, device, clock, seconds)
     except torch.OutOfMemoryError:
-        return [], {f"{case.shape}, {NAMES[case.dtype]}": "the inputs or their truth do not fit in memory"}
+        return [], {f"{case.shape}, {NAMES[case.dtype]}": "the inputs, their truth or the floor do not fit in memory"}
     roof = found["gemm"]["ms_p50"] if "gemm" in found else case.minimal_bytes / copy_gb_s / 1e6
     rows = []
     for name, figure in found.items():
-        row = _start(case, name) | figure | errors.get(name, {}) | _shares(case, figure["ms_p50"], roof, copy_gb_s)
-        rows.append(row | ({"peak_extra_bytes": memory[name]} if name in memory else {}))
-    rows += [_start(case, name) | errors.get(name, {}) | {"wrong": reason} for name, reason in wrong.items()]
-    return rows, left_out
+        errors, shares = checked.errors.get(name, {}), _shares(case, figure["ms_p50"], roof, copy_gb_s)
+        rows.append(_start(case, name) | figure | shares | memory.get(name, {}) | errors)
+    rows += [_start(case, n) | checked.errors.get(n, {}) | {"wrong": why} for n, why in checked.wrong.items()]
+    return rows, checked.left_out
 
 
-def _checked(
-    case: Case, device: torch.device
-) -> tuple[dict[str, Call], dict[str, dict[str, float]], dict[str, str], dict[str, str]]:
-    """The calls that are right at both levels, the errors of all, who is wrong and who is left out."""
-    errors: dict[str, dict[str, float]] = {}
-    wrong: dict[str, str] = {}
-    left_out: dict[str, str] = {}
+@dataclass
+class Checked:
+    """A shape's providers after the gate: who may be timed, on which inputs, and the errors of all."""
+
+    inputs: Inputs = ()
+    calls: dict[str, Call] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def check(case: Case, device: torch.device) -> Checked:
+    """Every provider against float64 at each level; the calls that are left are those of the last level."""
+    found = Checked()
     for level, limit in zip(LEVELS, LIMITS[case.dtype], strict=True):
-        inputs = case.inputs(level, device)
-        reference = truth(inputs)
-
-        def check(name: str, result: tuple[torch.Tensor, ...], level=level, limit=limit, true=reference) -> str | None:
-            loss, *gradients = (relative_error(x, y) for x, y in zip(result, true, strict=True))
-            errors.setdefault(name, {})[f"gradient_error_{level:g}"] = max(gradients)
-            worst = max(loss, *gradients)
-            return None if worst <= limit else f"error {worst:.1e} > {limit:g} at a reverse KL of {float(true[0]):.2g}"
-
-        calls, left_out_here = providers(inputs)
-        left_out |= left_out_here
-        wrong |= gate({name: call for name, call in calls.items() if name not in wrong}, check)
-        del reference
-    full = {name for name, reason in wrong.items() if reason.startswith("OutOfMemoryError")}
-    left_out |= {f"{case.shape}, {NAMES[case.dtype]}, {name}": "out of memory" for name in full}
-    wrong = {name: reason for name, reason in wrong.items() if name not in full}
-    return {n: c for n, c in calls.items() if n not in wrong and n not in full}, errors, wrong, left_out
+        found.calls, found.inputs = {}, ()  # the memory of the level before
+        found.inputs = case.inputs(level, device)
+        calls, left_out = providers(found.inputs)
+        found.left_out |= left_out
+        found.calls = {name: call for name, call in calls.items() if name not in found.wrong}
+        found.wrong |= gate(found.calls, partial(_verdict, truth(found.inputs), level, limit, found.errors))
+    for name in [n for n, reason in found.wrong.items() if reason.startswith("OutOfMemoryError")]:
+        del found.wrong[name]
+        found.left_out[f"{case.shape}, {NAMES[case.dtype]}, {name}"] = "out of memory"
+        found.calls.pop(name, None)
+    found.calls = {name: call for name, call in found.calls.items() if name not in found.wrong}
+    return found
 
 
-def _rounds(calls: dict[str, Call], clock: Stopwatch, seconds: float) -> int:
-    once = sum(clock(call) for call in calls.values())
-    return max(FEWEST, min(MOST, int(seconds / once)))
+def _verdict(true: Inputs, level: float, limit: float, errors: dict, name: str, result: Inputs) -> str | None:
+    loss, *gradients = (relative_error(x, y) for x, y in zip(result, true, strict=True))
+    errors.setdefault(name, {})[f"gradient_error_{level:g}"] = max(gradients)
+    worst = max(loss, *gradients)
+    if worst <= limit:  # not so for NaN
+        return None
+    return f"error {worst:.1e} > {limit:g} at a reverse KL of {float(true[0]):.2g}"
+
+
+def _figures(
+    checked: Checked, device: torch.device, clock: Stopwatch, seconds: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, int]]]:
+    """Times of all calls and of the floor, and peak extra memory of the calls."""
+    calls = dict(checked.calls)
+    if len(checked.inputs) == 4:
+        calls["gemm"] = gemms(*checked.inputs)
+    once = interleave(calls, 1, clock, warmup=1 if device.type == "cuda" else 0)  # the gate has run all but the floor
+    rounds = int(seconds / sum(s for (s,) in once.values())) if once else 0
+    found = figures(interleave(calls, max(FEWEST, min(MOST, rounds)), clock, warmup=0), base="eager")
+    return found, {name: {"peak_extra_bytes": peak_extra_bytes(call, device)} for name, call in checked.calls.items()}
 
 
 def _start(case: Case, provider: str) -> Row:
@@ -181,8 +198,8 @@ def _shares(case: Case, ms: float, roof: float, copy_gb_s: float) -> Row:
     return shares | {"bound_ratio": ms / (roof + 10 * case.n * case.v / copy_gb_s / 1e6)}
 
 
-def _form(field: str, form: str, scale: float = 1.0) -> Any:
-    return lambda row: form.format(row[field] * scale) if row.get(field) is not None else "-"
+def _form(name: str, form: str, scale: float = 1.0) -> Any:
+    return lambda row: form.format(row[name] * scale) if row.get(name) is not None else "-"
 
 
 COLUMNS = {
@@ -215,11 +232,11 @@ def plot(results: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
     draw(results.with_suffix(".kl_kernel.png"), title, panels)
 
 
-def _by_shape(rows: Sequence[Row], field: str, scale: float = 1.0) -> dict[str, dict[str, float]]:
+def _by_shape(rows: Sequence[Row], name: str, scale: float = 1.0) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for row in rows:
-        if field in row and row["provider"] != "gemm":
-            found.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row[field] * scale
+        if name in row and row["provider"] != "gemm":
+            found.setdefault(f"{row['shape']} {row['dtype']}", {})[row["provider"]] = row[name] * scale
     return found
 
 
