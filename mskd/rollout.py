@@ -153,6 +153,7 @@ def sample(
     seed: int,
     sequence_ids: Sequence[int],
     should_stop: Callable[[], bool] | None = None,
+    lazy: bool = True,
 ) -> Rollout:
     """One response to every prompt, from p~ as `draw` defines it, in the order of the prompts.
 
@@ -160,7 +161,8 @@ def sample(
     rollout has neither teacher_logprobs nor mixture_logprobs before `objective.score`. teacher None or mix_alpha 0: no
     teacher decodes and only teacher_logprobs is None; a teacher that is given still bounds the vocabulary, over whose
     common tokens all log-probabilities are normalised. batch_size: sequences that decode together. sequence_ids:
-    distinct, one a prompt; with `seed` they own the random numbers. should_stop is asked before every token.
+    distinct, one a prompt; with `seed` they own the random numbers. should_stop is asked before every token. lazy
+    False: the teacher decodes every token, and all log-probabilities are recorded while sampling.
     Raises Interrupted when should_stop says so, ConfigError when a prompt is empty or prompt and response exceed a
     model's positions, FloatingPointError when a model gives logits that are not numbers.
     """

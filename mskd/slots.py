@@ -66,11 +66,12 @@ class Slots:
         mix_alpha: float,
         top_p: float,
         top_k: int,
+        lazy: bool = True,
     ) -> None:
         (n, self.limit), device = u.shape, decoders[0].device
         self.decoders, self.prompts, self.eos_id, self.device = decoders, prompts, eos_id, device
         self.alpha, self.top_p, self.top_k = mix_alpha, top_p, top_k
-        self.lazy = len(decoders) > 1 and top_p == 1 and top_k == 0
+        self.lazy = lazy and len(decoders) > 1 and top_p == 1 and top_k == 0
         self.teachers = (u < mix_alpha).numpy()  # [n, T]: whose token it is
         self.u = u.to(device)
         # The batch that needs the most memory comes first.
