@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "rollout": (LEAVES | {"data", "models", "draw", "decode", "slots"}, {"torch", "transformers"}),
     "objective": (LEAVES | {"data", "models", "rollout"}, {"torch", "mskd_kernels"}),
     "evaluate": (
-        LEAVES | {"data", "models", "draw", "statistics"},
+        LEAVES | {"data", "models", "draw", "packing", "statistics"},
         {"torch", "transformers", "rouge_score", "mskd_kernels"},
     ),
     "tracking": (LEAVES, {"accelerate", "rich"}),
@@ -94,6 +94,16 @@ def test_nothing_imports_cli_bench_or_the_folder_kernels():
         assert not {n for n in names if n == "kernels" or n.startswith("kernels.")}, path
         if path.stem not in ("__main__",) and "tests" not in path.parts:
             assert not {n for n in names if n.startswith(("mskd.cli", "bench"))}, path
+
+
+def test_bench_imports_the_library_and_its_peers_in_one_place():
+    """The peers are an extra: where they are missing, everything else must still run."""
+    allowed = {"torch", "triton", "numpy", "matplotlib", "transformers", "accelerate", "datasets", "tokenizers"}
+    for path in ROOT.glob("bench/*.py"):
+        tops = {n.partition(".")[0] for n in imports(path)}
+        peers = {"trl", "liger_kernel"} if path.stem in ("kl_providers", "trl_step") else set()
+        assert tops <= STDLIB | allowed | {"bench", "mskd", "mskd_kernels"} | peers, path
+        assert "mskd.cli" not in imports(path), path
 
 
 def test_kernels_import_only_torch_and_triton():
