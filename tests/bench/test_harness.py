@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +91,41 @@ def test_copy_bandwidth_counts_reading_and_writing():
 
 def test_wall_clock_of_a_cpu():
     assert 0 < harness.stopwatch(CPU)(lambda: torch.ones(10)) < 10
+
+
+def test_gpu_clock_flushes_the_cache_before_the_first_event(monkeypatch):
+    """The order of the calls on a pretended GPU; the chip itself is not in question."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+        def elapsed_time(self, end):
+            assert end is not self
+            return 250.0  # ms
+
+    clock = object.__new__(harness._CudaStopwatch)
+    clock.device, clock.flush = torch.device("cuda"), SimpleNamespace(zero_=lambda: log.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    assert clock(lambda: log.append("call")) == 0.25
+    assert log == ["flush", "record", "call", "record", "synchronize"]
+
+
+def test_gpu_memory_is_the_peak_beyond_what_was_there_and_what_comes_back(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000)
+    result = torch.ones(100)  # 400 bytes
+    assert harness.peak_extra_bytes(lambda: result, torch.device("cuda")) == 5000 - 1000 - 400
 
 
 @pytest.fixture
