@@ -262,12 +262,12 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, scale: float, first: bool) -
         out.add_(torch.mm(a, b, out_dtype=wide), alpha=scale)
 
 
-def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """x * scale, rounded once to the dtype of `like`; x itself where neither changes anything that one can see."""
+def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None, copy: bool = False) -> Tensor | None:
+    """x * scale, rounded once to the dtype of `like`; without `copy` x itself where that is no change."""
     if x is None or like is None:
         return None
     if scale is None or (_on_host(scale) and float(scale) == 1.0):
-        return x.to(like.dtype)
+        return x.to(like.dtype, copy=copy)
     return (x * scale).to(like.dtype)
 
 

@@ -155,10 +155,10 @@ def _(student: Tensor, *_: Any) -> Tensor:
 
 def _row_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     _rows.refuse_second_derivative()
-    coefficients = _coefficients(ctx, upstream)
+    coefficients, saved = _coefficients(ctx, upstream), ctx.saved_tensors  # a checkpoint unpacks only once
     grad = None
     if any(c is not None for c in coefficients):
-        grad = row_gradient(*ctx.saved_tensors[:4], *ctx.rest, ctx.saved_tensors[4], *coefficients)
+        grad = row_gradient(*saved[:4], *ctx.rest, saved[4], *coefficients)
     return grad, *(None,) * (3 + len(ctx.rest))
 
 
@@ -200,10 +200,10 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 def _hidden_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     _rows.refuse_second_derivative()
-    coefficients, wanted = _coefficients(ctx, upstream), ctx.needs_input_grad[:3]
+    coefficients, wanted, saved = _coefficients(ctx, upstream), ctx.needs_input_grad[:3], ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None,) * 3
     if any(c is not None for c in coefficients) and any(wanted):
-        grads = hidden_gradient(*ctx.saved_tensors[:8], *ctx.rest, ctx.saved_tensors[8], *coefficients, *wanted)
+        grads = hidden_gradient(*saved[:8], *ctx.rest, saved[8], *coefficients, *wanted)
         grads = tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
     return *grads, *(None,) * (5 + len(ctx.rest))
 
@@ -252,13 +252,21 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     _rows.refuse_second_derivative()
-    student, grads, divisor = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6]
+    saved = ctx.saved_tensors
+    student, grads, divisor = saved[:3], saved[3:6], saved[6]
     if upstream is None:
         return (None,) * len(ctx.needs_input_grad)
     scale = upstream if divisor is None else upstream / divisor
+    keep = _graph_is_kept()
     wanted = ctx.needs_input_grad[:3]
-    made = (times(g, scale, x) if want else None for g, x, want in zip(grads, student, wanted, strict=True))
+    made = (times(g, scale, x, keep) if want else None for g, x, want in zip(grads, student, wanted, strict=True))
     return *made, *(None,) * (len(ctx.needs_input_grad) - 3)
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may run again (retain_graph), so that what it hands on must not be what it saved."""
+    asked = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return asked is None or asked()
 
 
 # What they share ------------------------------------------------------------------------------------------------------
