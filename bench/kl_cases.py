@@ -69,8 +69,8 @@ class Case:
 
         noise = sqrt(2 * kl)
         if self.hidden is None:
-            student = SPREAD * normal(self.n, self.v)
-            teacher = student + noise * normal(self.n, self.v)
+            student = normal(self.n, self.v).mul_(SPREAD)
+            teacher = normal(self.n, self.v).mul_(noise).add_(student)
             return student.to(self.dtype).requires_grad_(), teacher.to(self.dtype)
         hs, ht = self.hidden
         hidden, weight = normal(self.n, hs), SPREAD / sqrt(hs) * normal(self.v, hs)
