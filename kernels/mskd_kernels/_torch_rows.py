@@ -31,10 +31,10 @@ from mskd_kernels._rows import (
     in_effect,
 )
 
-# Elements of one row block. Smaller blocks stay in cache, but every op ends in a barrier of its threads. A loss at
-# N=512, V=49152 on two idle cores: 0.6 s with blocks of 1.6 million, 0.66 with these, 0.85 with 13 million; beside
-# other work 2.3 to 3.9, 2 to 2.6 and 1.8 s; with 0.4 million it was 12 s there.
-_CPU_BLOCK = 3_200_000
+# Elements of one row block. Smaller blocks stay in cache, but every op ends in a barrier of its threads, which other
+# work on the machine delays. `fused` at N=256, V=50257 on two idle cores, blocks of 0.2, 0.4, 0.8, 1.6 and 3.2 million:
+# 59, 45, 39, 36 and 50 ms (autograd: 149); beside other work a loss cost 12 s with 0.4 million and 2 to 4 with more.
+_CPU_BLOCK = 1_600_000
 _GPU_BLOCK = 16 * 1024**2
 _LEAST = -1e30  # the logarithm of a mass of 0 in the terms: finite, so that 0 * log 0 is 0
 
@@ -210,7 +210,7 @@ def _one_pass(kind: Divergence, work: Tensor, d: Tensor, dt: Tensor, stats: Tens
     if kind.expectation == "student":
         mean, infinite = _mean(e, d, torch.sub(x, u, out=u), out=w)
         value = (mean - shift).masked_fill_(infinite, torch.inf)
-        stats[:, CENTER] = value.masked_fill(infinite, 0.0)
+        stats[:, CENTER] = value
         slope = _Slope(e, 1 / d, w, 1 / d, mean[:, None])
     else:
         mean, infinite = _mean(w, dt, torch.sub(u, x, out=x), out=u)

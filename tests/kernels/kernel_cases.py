@@ -31,12 +31,29 @@ def token_constants(n: int, v: int, dtype=torch.float64, device="cpu") -> dict[s
     return {k: x.to(device) if k == "tokens" else x.to(device, dtype) for k, x in constants.items()}
 
 
-def oracle_divergence(student: Tensor, teacher: Tensor, kind: str, temperature: float = 1.0) -> Tensor:
-    """Per-token divergence of finite logits [..., V] in float64 on the common columns, from the definition."""
+def oracle_divergence(
+    student: Tensor, teacher: Tensor, kind: str, temperature: float = 1.0, beta: float | None = None
+) -> Tensor:
+    """Per-token divergence of logits [..., V] in float64 on the common columns, from the definition; 0 log 0 = 0."""
     v = min(student.shape[-1], teacher.shape[-1])
     q = (student[..., :v].double() / temperature).softmax(-1)
     p = (teacher[..., :v].double() / temperature).softmax(-1)
-    return (q * (q / p).log()).sum(-1) if kind == "reverse_kl" else (p * (p / q).log()).sum(-1)
+    b = {"jsd": 0.5}.get(kind, 0.1) if beta is None else beta
+
+    def kl(x: Tensor, y: Tensor) -> Tensor:
+        return torch.xlogy(x, x / y).masked_fill(x == 0, 0.0).sum(-1)
+
+    def mixture(x: Tensor, y: Tensor) -> Tensor:
+        return b * x + (1 - b) * y
+
+    return {
+        "reverse_kl": lambda: kl(q, p),
+        "forward_kl": lambda: kl(p, q),
+        "jsd": lambda: b * kl(p, mixture(p, q)) + (1 - b) * kl(q, mixture(p, q)),
+        "skew_kl": lambda: kl(p, mixture(p, q)),
+        "skew_reverse_kl": lambda: kl(q, mixture(q, p)),
+        "tvd": lambda: (q - p).abs().sum(-1) / 2,
+    }[kind]()
 
 
 def oracle_minillm(
