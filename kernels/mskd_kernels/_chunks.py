@@ -21,9 +21,9 @@ from mskd_kernels import _rows
 from mskd_kernels._inputs import accumulate_dtype
 from mskd_kernels._rows import Coefficients, Objective, RowOp
 
-CHUNK_BYTES = 1024**3
 _MOST_TOKENS = 4096
 _MOST_TOKENS_CPU = 256  # beyond, GEMMs gain nothing and memory traffic grows
+_PRODUCT_BYTES = 256 * 1024**2  # of a product before it is added
 _ALIGNMENT = 128  # bytes: rows of our own buffers start on such boundaries
 
 
@@ -89,18 +89,13 @@ class Heads:
         """Tokens of a part, whose logits exist at one time, and of a group, whose gradients in the logits do."""
         sides = [self.student] if self.teacher is None else [self.student, self.teacher]
         logits = sum(_output_dtype(x.hidden).itemsize for x in sides) * self.vocabulary
+        most = _MOST_TOKENS_CPU if self.student.hidden.device.type == "cpu" else _MOST_TOKENS
         if not self.separate:
-            part = self._equal(chunk_bytes // logits)
+            part = _equal(self.count, min(most, chunk_bytes // logits))
             return part, part
         gradient = self.student.hidden.dtype.itemsize * self.vocabulary
-        group = self._equal(chunk_bytes // 2 // gradient)
-        return max(1, min(group, chunk_bytes // 2 // logits)), group
-
-    def _equal(self, most: int) -> int:
-        """At most so many tokens, equally many every time: no small last chunk."""
-        most = max(1, min(most, _MOST_TOKENS_CPU if self.student.hidden.device.type == "cpu" else _MOST_TOKENS))
-        chunks = -(-self.count // most)
-        return -(-self.count // chunks) if chunks else 1
+        group = _equal(self.count, min(most, chunk_bytes // 2 // gradient))
+        return _equal(group, chunk_bytes // 2 // logits), group
 
     @property
     def separate(self) -> bool:
@@ -258,8 +253,10 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, scale: float, first: bool) -
         torch.mm(a, b, out_dtype=wide, out=out)
         if scale != 1.0:
             out.mul_(scale)
-    else:
-        out.add_(torch.mm(a, b, out_dtype=wide), alpha=scale)
+    else:  # torch has no 16-bit GEMM that adds to float32: some rows at a time, for their product takes memory
+        size = max(128, _PRODUCT_BYTES // (b.shape[1] * wide.itemsize) // 128 * 128)
+        for rows in _slices(0, a.shape[0], size):
+            out[rows].add_(torch.mm(a[rows], b, out_dtype=wide), alpha=scale)
 
 
 def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None, copy: bool = False) -> Tensor | None:
@@ -274,6 +271,12 @@ def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None, copy: boo
 def _on_host(x: Tensor) -> bool:
     """Whether its value can be had at no cost: a real tensor (no tracer's) on the CPU."""
     return type(x) is Tensor and x.device.type == "cpu"
+
+
+def _equal(tokens: int, most: int) -> int:
+    """The size of chunks of at most so many tokens, equally many in each: no small last one."""
+    chunks = -(-tokens // max(1, most))
+    return -(-tokens // chunks) if chunks else 1
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
