@@ -1,12 +1,13 @@
 """What each lever on memory saves and costs: peak memory and time of optimizer steps, a configuration field at a time.
 
-    python -m bench.memory                     # SmolLM2's sizes, 22 > 16 layers; rows to bench/results/
+    python -m bench.memory                     # SmolLM2's width, 16 layers; rows to bench/results/
     python -m bench.memory --smoke             # a tiny model, seconds; stores nothing unless --out is given
 
-The loop's own step (hop.step) of a kd phase on random tokens: prompts of 16 to 128, answers of 16 to 256, models of a
-recipe's shapes with random weights. Memory is everything that training holds besides the teacher: weights, gradients,
-optimizer and the most that a step needs at once; two steps, so that all of it is there. Time is that of the second
-step. A lever that changes the loss gets no figure. Last line: one JSON document.
+The loop's own step (hop.step) of a kd phase on random tokens: prompts of 16 to 128, answers of 16 to 256; a student of
+a recipe's shape with random weights, and two layers of it as a teacher, which is not what is measured. Memory is all
+that training holds besides the teacher: weights, gradients, optimizer and the most that a step needs at once; two
+steps, so that all of it is there. Time is that of the second step. A lever that changes the loss gets no figure. Last
+line: one JSON document.
 
 `run.teacher_offload` and `run.teacher_cache_mb` act on a GPU alone and are not measured here.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from bench.harness import RESULTS, environment, figures, finish, gate, interleave, peak_extra_bytes, table
+from bench.harness import RESULTS, Call, Row, environment, figures, finish, gate, interleave, peak_extra_bytes, table
 from bench.lengths import random_prompts, uniform
 from bench.shapes import SHAPES, random_model
 from mskd import batches, hop
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = detect(options.device).device
     case = Case("tiny" if options.smoke else "smollm2", batch=4, device=device)
     rows = measure(case, rounds=1 if options.smoke else options.rounds)
-    print(f"{case.title}, batch {case.batch}\n\n{table(rows, COLUMNS)}\n")
+    print(f"{case.title}\n\n{table(rows, COLUMNS)}\n")
     folder = options.out or (None if options.smoke else RESULTS)
     return finish("memory", environment(device), rows, {}, folder)
 
@@ -76,13 +77,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Case:
-    """The last hop of a recipe's chain and sequences for two steps."""
+    """A student, a small teacher and sequences for two steps."""
 
     def __init__(self, recipe: str, batch: int, device: torch.device) -> None:
-        self.title, configs = SHAPES[recipe]
+        name, (*_, config) = SHAPES[recipe]
+        self.title = f"{name.split()[0]}'s width, {config.num_hidden_layers} layers, batch {batch}"
         self.batch, self.device = batch, device
-        self.student, self.end = random_model(configs[-1], seed=0), configs[-1].vocab_size - 1
-        teacher = random_model(configs[-2], seed=1, device=device).requires_grad_(False)
+        self.student, self.end = random_model(config, seed=0), config.vocab_size - 1
+        teacher_config = copy.deepcopy(config)
+        teacher_config.num_hidden_layers = 2
+        teacher = random_model(teacher_config, seed=1, device=device).requires_grad_(False)
         self.teachers = {dtype: copy_as(teacher, dtype) for dtype in (torch.float32, torch.bfloat16)}
         prompts, answers = uniform(2 * batch, (16, 128), 2), uniform(2 * batch, (16, 256), 3)
         ids = random_prompts([p + a for p, a in zip(prompts, answers, strict=True)], self.end + 1, 4)
@@ -127,34 +131,38 @@ def two_steps(case: Case, train: Mapping[str, Any], own: Mapping[str, Any]) -> t
     return losses[-1], seconds
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, rounds: int) -> list[Row]:
     """A row for each lever; one whose loss is off says so and has no figure."""
     calls = {name: partial(two_steps, case, *fields) for name, fields in LEVERS.items()}
-    dtypes = {name: train.get("precision", "fp32") for name, (train, _) in LEVERS.items()}
+    dtypes = {name: train.get("precision", "fp32") for name, (train, _) in LEVERS.items()} | {GIVEN_BACK: "fp32"}
     before = [calls["default"]() for _ in range(rounds + 1)][1:]
-    expected = before[0][0]
     if case.device.type == "cpu":
         keep_freed_memory()  # as training does, for good: so the figure without it comes first, not in turn
+    held: dict[str, int] = {}
 
-    def check(name: str, result: tuple[float, float]) -> str | None:
-        off = abs(result[0] / expected - 1)
-        return f"loss {result[0]:.6f}, not {expected:.6f}" if off > LIMITS[dtypes[name]] else None
+    def check(name: str, result: tuple[float, int]) -> str | None:
+        loss, held[name] = result
+        off = abs(loss / before[0][0] - 1)
+        return f"loss {loss:.6f}, not {before[0][0]:.6f}" if off > LIMITS[dtypes[name]] else None
 
-    wrong = gate(calls, check)
+    wrong = gate({name: partial(loss_and_bytes, call, case.device) for name, call in calls.items()}, check)
     right = {name: call for name, call in calls.items() if name not in wrong}
     seconds = interleave(right, rounds, clock=lambda call: call()[1], warmup=0)
     if case.device.type == "cpu":
-        seconds[GIVEN_BACK] = [own for _, own in before]
-        right[GIVEN_BACK], dtypes[GIVEN_BACK] = right["default"], "fp32"
-    found = figures(seconds, base="default")
-    rows: list[dict[str, Any]] = []
-    for name in dtypes:
-        row = {"benchmark": "memory", "shape": f"{case.title}, batch {case.batch}", "dtype": dtypes[name]}
-        if name in wrong:
-            rows.append({**row, "provider": name, "wrong": wrong[name]})
-        else:
-            rows.append({**row, "provider": name, **found[name], "bytes": peak_extra_bytes(right[name], case.device)})
-    return rows
+        seconds[GIVEN_BACK], held[GIVEN_BACK] = [own for _, own in before], held["default"]
+    shape = {"benchmark": "memory", "shape": case.title}
+    rows: list[Row] = [
+        {**shape, "dtype": dtypes[name], "provider": name, **found, "bytes": held[name]}
+        for name, found in figures(seconds, base="default").items()
+    ]
+    return rows + [{**shape, "dtype": dtypes[name], "provider": name, "wrong": why} for name, why in wrong.items()]
+
+
+def loss_and_bytes(call: Call, device: torch.device) -> tuple[float, int]:
+    """What two steps end with, and the most memory that they hold."""
+    found: list[float] = []
+    peak = peak_extra_bytes(lambda: found.append(call()[0]), device)
+    return found[0], peak
 
 
 COLUMNS = {

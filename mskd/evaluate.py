@@ -28,6 +28,7 @@ from mskd.config import ConfigError, EvalConfig
 from mskd.data import Example, SequenceBatch
 from mskd.draw import draw, uniforms
 from mskd.models import Head, Teacher, backbone, decoder_of, head_of
+from mskd.packing import cut
 from mskd.statistics import paired_bootstrap, summarize
 
 __all__ = ["evaluate", "file_name", "generate", "paired_bootstrap", "rouge_l", "summarize"]
@@ -245,7 +246,7 @@ def _score_references(
     scores: list[dict[str, Any]] = [{"nll": None, "tokens": 0, "agreement": dict.fromkeys(teachers)} for _ in examples]
     with_response = [i for i, e in enumerate(examples) if e.response_ids]
     lengths = [len(examples[i].prompt_ids) + len(examples[i].response_ids) for i in with_response]
-    for chosen in _by_length(lengths, size):
+    for chosen in cut(lengths, size, "bucket"):
         items = [with_response[k] for k in chosen]
         batch = _batch([examples[i].prompt_ids for i in items], [examples[i].response_ids for i in items], pad, model)
         parts = [len(examples[i].response_ids) for i in items]

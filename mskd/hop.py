@@ -24,7 +24,7 @@ from mskd.batches import Micro, OnData, OnPolicy, supervised
 from mskd.config import Config, ConfigError, KdPhase, MinillmPhase, Phase, SftPhase
 from mskd.data import Splits
 from mskd.hardware import Hardware
-from mskd.models import Student, Teacher, check_packing, save_model
+from mskd.models import Student, Teacher, save_model
 from mskd.optim import learning_rate, make_optimizer
 from mskd.rollout import Interrupted
 from mskd.tracking import Tracker
@@ -130,9 +130,6 @@ def train(job: Job) -> dict[str, Any]:
     row without a finite loss and gradient, ConfigError where the phases cannot run on this data.
     """
     acc, cfg = job.accelerator, job.config
-    if cfg.train.batching == "pack":
-        for model in [job.student] + ([job.teacher.model] if job.teacher else []):
-            check_packing(model, job.hardware.attention)
     student = Student(job.student, gradient_checkpointing=cfg.train.gradient_checkpointing)
     progress, saved = resume(job)
     prepared = acc.prepare(student)

@@ -36,10 +36,9 @@ if TYPE_CHECKING:
     from mskd.data import SequenceBatch
 
 __all__ = [
-    "FAMILIES", "Family", "Head", "Size", "Student", "Teacher", "backbone", "check_offload", "check_packing",
-    "check_precision", "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of", "head_of",
-    "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers", "num_parameters", "resolve_source",
-    "save_model", "size_of",
+    "FAMILIES", "Family", "Head", "Size", "Student", "Teacher", "backbone", "check_offload", "check_precision",
+    "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of", "head_of", "layers_of", "load_model",
+    "load_teacher", "load_tokenizer", "num_layers", "num_parameters", "resolve_source", "save_model", "size_of",
 ]  # fmt: skip
 
 
@@ -155,7 +154,10 @@ def _hidden_at(model: PreTrainedModel, inputs: SequenceBatch) -> Tensor:
 
 
 def _packed_mask(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-    """The mask of rows that hold several sequences, where the family's class does not make it from their positions."""
+    """The mask of rows that hold several sequences, where the family's class does not make it from their positions.
+
+    flash-attn needs none: it takes one row, and every family hands it the positions, from which it knows the sequences.
+    """
     if family_of(model).packs:
         return None
     from transformers.masking_utils import create_causal_mask
@@ -165,15 +167,6 @@ def _packed_mask(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor
     options: dict[str, Any] = {"inputs_embeds": states, "position_ids": position_ids}
     mask: Any = create_causal_mask(config=model.config, attention_mask=None, past_key_values=None, **options)
     return mask
-
-
-def check_packing(model: PreTrainedModel, attention: str) -> None:
-    """Raise ConfigError unless rows of several sequences (`train.batching = "pack"`) can run with this attention."""
-    if attention == "flash_attention_2" and not family_of(model).packs:
-        raise ConfigError(
-            f"train.batching = 'pack': {type(model).__name__} does not keep the sequences of a row apart under "
-            "flash-attn; use batching = 'bucket' or run.attention = 'sdpa'"
-        )
 
 
 def num_layers(model_or_config: Any) -> int:

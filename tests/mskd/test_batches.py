@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from families import FAMILY_CONFIGS, PAD, V, build
 from tiny import build_llama, build_tokenizer
+from transformers import AttentionInterface
 
 from mskd import objective
 from mskd.batches import OnPolicy, forwards, lay_out
@@ -16,7 +17,7 @@ from mskd.config import ConfigError, KdPhase, MinillmPhase, parse
 from mskd.data import Example, SequenceBatch, Splits
 from mskd.hardware import detect
 from mskd.hop import Job, backward, real_tokens
-from mskd.models import Student, Teacher, check_offload, check_packing
+from mskd.models import Student, Teacher, check_offload
 from mskd.offload import Waiting
 from mskd.packing import REAL, cut, fill_rows
 
@@ -132,6 +133,24 @@ def test_padded_bucketed_and_packed_give_the_same_loss_and_gradients(family, att
             torch.testing.assert_close(
                 gradient, wanted[name], rtol=0, atol=float(scale) * 2e-5 + 1e-7, msg=f"{how} {name}"
             )
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_attention_is_told_the_positions_from_which_flash_attn_knows_the_sequences_of_a_row(family):
+    told = []
+
+    def spy(module, query, key, value, mask, position_ids=None, **options):
+        told.append(position_ids)
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("spy", spy)
+    model = build(FAMILY_CONFIGS[family])
+    model.set_attn_implementation("spy")
+    prompts, responses = sequences(3)
+    batch = SequenceBatch.from_sequences(prompts, responses, PAD, rows=[[0, 1, 2]])
+    Teacher(model, "fp32").hidden(batch)
+    assert len(told) == model.config.num_hidden_layers
+    assert all(torch.equal(positions, batch.position_ids) for positions in told)
 
 
 def test_packed_rows_keep_the_order_of_the_targets():
@@ -261,14 +280,9 @@ def test_a_teacher_that_waits_is_lent_whole_and_goes_home_again():
     assert torch.equal(teacher.hidden(batch), expected)
 
 
-def test_what_packing_and_offloading_cannot_do_is_refused():
+def test_offloading_that_cannot_be_is_refused():
     cpu = detect("cpu")
     with pytest.raises(ConfigError, match="run.teacher_offload: on a CPU the teacher is in host memory already"):
         check_offload("int8", cpu)
     with pytest.raises(ConfigError, match="the weights of LLM.int8 cannot be moved; use int8"):
         check_offload("llm_int8", replace(cpu, device=torch.device("cuda")))
-    opt, llama = build(FAMILY_CONFIGS["opt"]), build(FAMILY_CONFIGS["llama"])
-    with pytest.raises(ConfigError, match="OPTForCausalLM does not keep the sequences of a row apart under flash-attn"):
-        check_packing(opt, "flash_attention_2")
-    check_packing(opt, "sdpa")
-    check_packing(llama, "flash_attention_2")
