@@ -29,7 +29,8 @@ def make_optimizer(model: torch.nn.Module, phase: PhaseBase) -> torch.optim.Opti
     options: dict[str, Any] = {"lr": phase.lr, "betas": phase.betas, "eps": phase.eps}
     if phase.optimizer == "adamw_8bit":
         return _bitsandbytes().optim.AdamW8bit(groups, **options)
-    return torch.optim.AdamW(groups, **options)
+    fused = all(p.device.type == "cpu" for p in params) or None  # one pass over memory; a GPU keeps torch's choice
+    return torch.optim.AdamW(groups, fused=fused, **options)
 
 
 def check_optimizer(phase: PhaseBase) -> None:
