@@ -207,16 +207,23 @@ def timed(case: Case, phase: MinillmPhase, sides: Sides, wrong: Mapping[str, str
     """A row for every side; they run in turn, each from the same weights. Those that are wrong get no figure."""
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     peaks: dict[str, int | None] = {}
+    cores: dict[str, float] = {}
 
     def run(name: str) -> float:
         case.restore()
         with held(case.hardware.device) as memory:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             sides[name]()
             took = time.perf_counter() - start
+            cores[name] = (time.process_time() - used) / took
         case.accelerator.free_memory()
         seconds[name].append(case.parts.take())
         peaks[name] = memory.peak
+        print(
+            f"{_start(case, phase)['shape']}, {name}: {took:.2f} s, {cores[name]:.2f} cores",
+            file=sys.stderr,
+            flush=True,
+        )
         return took
 
     right = {name: partial(run, name) for name in sides if name not in wrong}
@@ -226,6 +233,7 @@ def timed(case: Case, phase: MinillmPhase, sides: Sides, wrong: Mapping[str, str
     for name, figure in found.items():
         parts = {part: median(s.get(part, 0.0) for s in seconds[name]) for part in PARTS}
         speed = {"tokens_per_s": 1e3 * start["answer_tokens"] / figure["ms_p50"], "peak_extra_bytes": peaks[name]}
+        speed["cores_used"] = cores[name]  # far below the machine's cores: somebody else was using them
         rows.append(start | {"provider": name} | figure | speed | {"seconds": parts})
     return rows + [start | {"provider": name, "wrong": wrong[name]} for name in sides if name in wrong]
 
@@ -262,6 +270,7 @@ COLUMNS = {
     "p80": _form("ms_p80", "{:.2f}", 1e-3),
     "/ mskd": _form("ratio_p50", "{:.2f}"),
     **{part: _part(part) for part in PARTS},
+    "cores": _form("cores_used", "{:.2f}"),
     "tokens/s": _form("tokens_per_s", "{:.1f}"),
     "peak MiB": _form("peak_extra_bytes", "{:.0f}", 2**-20),
 }
