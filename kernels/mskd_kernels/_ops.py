@@ -9,6 +9,7 @@ numbers and names (a divergence goes by its name), since that is all a schema ca
 refuses a second derivative.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -114,6 +115,38 @@ _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
 _STATISTICS = "(Tensor value, Tensor logprob, Tensor teacher_logprob, Tensor entropy, Tensor statistics)"
 
 
+class _Loss(NamedTuple):
+    """The arguments of `head_loss` after batch and settings."""
+
+    chunk_bytes: int
+    value: float
+    nll: float
+    old_logprobs: Tensor | None
+    advantages: Tensor | None
+    importance_weights: Tensor | None
+    clip: float
+    weight_single_step: bool
+    clip_weighted_ratio: bool
+    divisor: Tensor | None
+    want_hidden: bool
+    want_weight: bool
+    want_bias: bool
+
+    def objective(self) -> Objective:
+        constants: Any = self[3:9]
+        return Objective(self.value, self.nll, None if self.old_logprobs is None else _rows.Policy(*constants))
+
+    def wanted(self) -> tuple[bool, ...]:
+        return self.want_hidden, self.want_weight, self.want_bias
+
+
+def _split(args: Any, tensors: Any) -> Any:
+    """An op's arguments -> (Rows or Batch, Settings, the rest)."""
+    first = len(tensors._fields)
+    second = first + len(Settings._fields)
+    return tensors(*args[:first]), Settings(*args[first:second]), args[second:]
+
+
 def _op(name: str, schema: str) -> Any:
     return torch.library.custom_op(f"mskd::{name}", mutates_args=(), schema=schema)
 
@@ -128,8 +161,9 @@ def logits_fields(rows: Rows, settings: Settings) -> Fields:
 
 @_op("row_statistics", f"({_ROWS}, {_SETTINGS}) -> {_STATISTICS}")
 def row_statistics(*args: Any) -> tuple[Tensor, ...]:
-    rows, settings = Rows(*args[:4]), Settings(*args[4:])
-    stats = _rows.statistics(settings.op(), *rows.common(), rows.tokens, rows.mask)
+    rows, settings, _ = _split(args, Rows)
+    s, t = rows.common()
+    stats = _rows.statistics(settings.op(), s, t, rows.tokens, rows.mask)
     return (*_columns(stats), stats)
 
 
@@ -140,11 +174,11 @@ def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 @_op("row_gradient", f"({_ROWS}, {_SETTINGS}, Tensor statistics, {_UPSTREAM}) -> Tensor")
 def row_gradient(*args: Any) -> Tensor:
-    rows, settings, stats, upstream = Rows(*args[:4]), Settings(*args[4:13]), args[13], Coefficients(*args[14:])
+    rows, settings, (stats, *upstream) = _split(args, Rows)
     s, t = rows.common()
     grad = torch.empty_like(rows.student, memory_format=torch.contiguous_format)
     grad[:, s.shape[1] :] = 0
-    _rows.gradient(settings.op(), s, t, rows.tokens, stats, upstream, grad[:, : s.shape[1]], rows.mask)
+    _rows.gradient(settings.op(), s, t, rows.tokens, stats, Coefficients(*upstream), grad[:, : s.shape[1]], rows.mask)
     return grad
 
 
@@ -172,14 +206,14 @@ def hidden_fields(batch: Batch, settings: Settings, chunk_bytes: int) -> Fields:
 
 @_op("head_statistics", f"({_BATCH}, {_SETTINGS}, int chunk_bytes) -> {_STATISTICS}")
 def hidden_statistics(*args: Any) -> tuple[Tensor, ...]:
-    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
+    batch, settings, (chunk_bytes,) = _split(args, Batch)
     stats = head_statistics(batch.heads(settings.op(), chunk_bytes))
     return (*_columns(stats), stats)
 
 
 @hidden_statistics.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    batch = Batch(*args[:8])
+    batch, *_ = _split(args, Batch)
     return _fake_statistics(batch.hidden, batch.dtype())
 
 
@@ -188,14 +222,15 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     f"({_BATCH}, {_SETTINGS}, int chunk_bytes, Tensor statistics, {_UPSTREAM}, {_WANTED}) -> (Tensor, Tensor, Tensor)",
 )
 def hidden_gradient(*args: Any) -> tuple[Tensor, ...]:
-    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
+    batch, settings, (chunk_bytes, stats, value, logprob, entropy, *wanted) = _split(args, Batch)
     heads = batch.heads(settings.op(), chunk_bytes)
-    return _filled(batch, head_gradient(heads, args[18], Coefficients(*args[19:22]), args[22:]))
+    return _filled(batch, head_gradient(heads, stats, Coefficients(value, logprob, entropy), wanted))
 
 
 @hidden_gradient.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(Batch(*args[:8]), args[22:])
+    batch, _, rest = _split(args, Batch)
+    return _fake_gradients(batch, rest[-3:])
 
 
 def _hidden_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -227,25 +262,26 @@ def hidden_loss(
     "(Tensor loss, Tensor statistics, Tensor clipped, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
 )
 def summed_loss(*args: Any) -> tuple[Tensor, ...]:
-    batch, settings, chunk_bytes = Batch(*args[:8]), Settings(*args[8:17]), args[17]
-    policy = None if args[20] is None else _rows.Policy(*args[20:26])
-    heads = batch.heads(settings.op(), chunk_bytes)
-    loss, stats, clipped, grads = head_loss(heads, Objective(args[18], args[19], policy), args[26], args[27:])
+    batch, settings, rest = _split(args, Batch)
+    given = _Loss(*rest)
+    heads = batch.heads(settings.op(), given.chunk_bytes)
+    loss, stats, clipped, grads = head_loss(heads, given.objective(), given.divisor, given.wanted())
     return loss, stats, clipped, *_filled(batch, grads)
 
 
 @summed_loss.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    batch = Batch(*args[:8])
+    batch, _, rest = _split(args, Batch)
     value, *_, stats = _fake_statistics(batch.hidden, batch.dtype())
     clipped = torch.empty_like(value, dtype=torch.bool)
-    return value.new_empty(()), stats, clipped, *_fake_gradients(batch, args[27:], sums=True)
+    return value.new_empty(()), stats, clipped, *_fake_gradients(batch, _Loss(*rest).wanted(), sums=True)
 
 
 def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    divisor = inputs[26]
+    batch, _, rest = _split(inputs, Batch)
+    divisor = _Loss(*rest).divisor
     pending = divisor is not None and divisor.device.type != "cpu"  # else the gradients are divided already
-    ctx.save_for_backward(*inputs[:3], *output[3:], divisor if pending else None)
+    ctx.save_for_backward(*batch[:3], *output[3:], divisor if pending else None)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
 
@@ -272,27 +308,26 @@ def _graph_is_kept() -> bool:
 # What they share ------------------------------------------------------------------------------------------------------
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = 4 if len(inputs) == 4 + len(Settings._fields) else 8
-    ctx.save_for_backward(*inputs[:tensors], output[4])
-    ctx.tokens, ctx.rest = inputs[tensors - 2] is not None, inputs[tensors:]
+def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], tensors: Any) -> None:
+    given, settings, rest = _split(inputs, tensors)
+    ctx.save_for_backward(*given, output[4])
+    ctx.tokens, ctx.settings, ctx.rest = given.tokens is not None, settings, (*settings, *rest)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2], output[4])
 
 
 def _coefficients(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Coefficients:
     """Gradients of outputs that hold nothing are dropped: torch.compile fills them in with zeros."""
-    settings = Settings(*ctx.rest[: len(Settings._fields)])
     value, logprob, _, entropy, _ = upstream
     return Coefficients(
-        None if settings.kind is None else value,
+        None if ctx.settings.kind is None else value,
         logprob if ctx.tokens else None,
-        entropy if settings.entropy else None,
+        entropy if ctx.settings.entropy else None,
     )
 
 
-row_statistics.register_autograd(_row_backward, setup_context=_context)
-hidden_statistics.register_autograd(_hidden_backward, setup_context=_context)
+row_statistics.register_autograd(_row_backward, setup_context=partial(_context, tensors=Rows))
+hidden_statistics.register_autograd(_hidden_backward, setup_context=partial(_context, tensors=Batch))
 summed_loss.register_autograd(_loss_backward, setup_context=_loss_context)
 
 

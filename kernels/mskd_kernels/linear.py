@@ -39,13 +39,18 @@ class TwoHeads(TypedDict, total=False):
     teacher_softcap: float | None
 
 
-class LinearSettings(TwoHeads, total=False):
-    """The keywords of `linear_reverse_kl` (and of the references, which ignore the last three)."""
+class ReferenceSettings(TwoHeads, total=False):
+    """The keywords of `linear_reverse_kl_reference`."""
 
     temperature: float
     mask: Tensor | None
     reduction: str
     denominator: float | Tensor | None
+
+
+class LinearSettings(ReferenceSettings, total=False):
+    """The keywords of `linear_reverse_kl`."""
+
     gradient: str | None
     backend: str
     chunk_bytes: int | None
@@ -144,7 +149,7 @@ def linear_reverse_kl_reference(
     student_weight: Tensor,
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
-    **settings: Unpack[LinearSettings],
+    **settings: Unpack[ReferenceSettings],
 ) -> Tensor:
     """`linear_reverse_kl` in plain torch."""
     return linear_divergence_reference(student_hidden, student_weight, teacher_hidden, teacher_weight, **settings)
