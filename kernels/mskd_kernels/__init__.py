@@ -1,4 +1,4 @@
-"""Fused distillation losses: reverse and forward KL and MiniLLM's token objective, from logits or from hidden states.
+"""Fused distillation losses from logits or from hidden states: six divergences, MiniLLM's token objective, kd, sft.
 
 reverse_kl = KL(student || teacher). Every op has a closed-form CPU path, Triton kernels for CUDA and
 `<op>_reference` in plain torch. This list is the public interface.

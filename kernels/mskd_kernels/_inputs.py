@@ -62,12 +62,10 @@ def check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, l
         raise ValueError(f"{side}bias has shape {tuple(bias.shape)}, expected [{weight.shape[0]}]")
 
 
-def check_settings(temperature: float, reduction: str = "none", chunk_bytes: int = 1) -> None:
+def check_settings(temperature: float, reduction: str = "none") -> None:
     _positive("temperature", temperature)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction={reduction!r} is not known; allowed: {', '.join(REDUCTIONS)}")
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
 
 
 def check_side(side: str, logit_scale: float, softcap: float | None) -> None:
@@ -77,8 +75,8 @@ def check_side(side: str, logit_scale: float, softcap: float | None) -> None:
 
 
 def _positive(name: str, x: float) -> None:
-    if isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a plain number, got a tensor")
+    if not isinstance(x, int | float):
+        raise ValueError(f"{name} must be a plain number, got {type(x).__name__}")
     if not 0 < x < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {x}")
 

@@ -222,7 +222,9 @@ def resolve_kind(kind: str, beta: float | None = None) -> Divergence:
     if row.beta is None:
         having = ", ".join(name for name, other in DIVERGENCES.items() if other.beta is not None)
         raise ValueError(f"kind={kind!r} takes no beta, got {beta}; those that do: {having}")
-    if isinstance(beta, Tensor) or not (0 < beta < 1 or (beta == 0 and row.at_zero)):
+    if not isinstance(beta, int | float):
+        raise ValueError(f"beta must be a plain number, got {type(beta).__name__}")
+    if not (0 < beta < 1 or (beta == 0 and row.at_zero)):
         lowest = "0 <=" if row.at_zero else "0 <"
         ends = "" if row.at_zero else "; the ends are kind='forward_kl' (from 0) and 'reverse_kl' (from 1)"
         raise ValueError(f"kind={kind!r} takes a number {lowest} beta < 1, got {beta}{ends}")
@@ -303,9 +305,11 @@ def divergence(
 
     student_logits [..., Vs], teacher_logits [..., Vt] (float16 to float64, dtypes may differ); compared on the common
     min(Vs, Vt) columns, the student's padding columns get zero gradient. mask [...]: 1 = counts; masked tokens are 0
-    whatever their logits hold. kind: "reverse_kl" = KL(student || teacher), "forward_kl" = KL(teacher || student).
-    reduction: "none" -> [...], "sum", or "mean" (over `denominator`, default the valid tokens). No factor T^2.
-    Returns nats, float64 for float64 inputs, else float32. An infinite value has a gradient of 0. Raises ValueError.
+    whatever their logits hold. kind: a row of DIVERGENCES, "reverse_kl" = KL(student || teacher); beta: the number of
+    jsd, skew_kl and skew_reverse_kl, None for their defaults (0.5, 0.1, 0.1). reduction: "none" -> [...], "sum", or
+    "mean" (over `denominator`, default the valid tokens). No factor T^2. -inf is a mass of 0: a KL whose second side
+    alone has none is +inf, with a gradient of 0; the other kinds stay finite. Returns nats (tvd: a share of the mass),
+    float64 for float64 inputs, else float32. Raises ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
     row = resolve_kind(kind, beta)

@@ -288,8 +288,8 @@ def check_sides(
 def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
     if chunk_bytes is None:
         return (256 if device.type == "cpu" else 1024) * 1024**2
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be a whole number of at least 1, or None, got {chunk_bytes!r}")
     return chunk_bytes
 
 
