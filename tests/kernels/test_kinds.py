@@ -75,6 +75,18 @@ def test_a_side_without_any_mass_is_no_distribution(kind):
         assert function(s, t, kind).isnan().tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize(("kind", "beta"), [x for x in NUMBERED if DIVERGENCES[x[0]].expectation is None])
+def test_triton_terms(backend, device, kind, beta):
+    """Written a second time for the kernels: value and slope of far and close logits, zeros included."""
+    for close in (False, True):
+        s, t = logits(5, 150, close=close, dtype=torch.float64, device=device)
+        s[1, 3:9], t[2, 5:30], s[3, 7:9], t[3, 8:12] = (-torch.inf,) * 4
+        ours = value_and_gradient(divergence, s, t, kind, beta=beta, backend=backend)
+        plain = value_and_gradient(divergence_reference, s, t, kind, beta=beta)
+        torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-13)
+
+
 def test_bounds_are_reached_where_nothing_is_shared():
     s, t = logits(2, 30, dtype=torch.float64)
     s[0, ::2], t[0, 1::2] = -torch.inf, -torch.inf
