@@ -201,10 +201,9 @@ def fused(
 
     `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. The same as `in_steps`, in one go.
     """
-    path = _path(op)
-    if s.shape[0] == 0 or not hasattr(path, "fused"):
+    if s.shape[0] == 0:
         return in_steps(op, s, t, tokens, objective, out, live)
-    return path.fused(op, s, t, tokens, objective, out, live)
+    return _path(op).fused(op, s, t, tokens, objective, out, live)
 
 
 def in_steps(

@@ -126,3 +126,10 @@ def test_statistics_of_strided_rows():
     ours = fused(op, x, u, tokens, Objective(), x)
     assert all(torch.equal(a, b) for a, b in zip((*ours, x), (*wanted, out), strict=True))
     assert wide[:, :, V:].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_no_rows(name):
+    s, t = torch.empty(0, V), torch.empty(0, V)
+    results = fused(RowOp(DIVERGENCES["jsd"], name), s, t, None, Objective(), s)
+    assert [tuple(x.shape) for x in results] == [(0, COLUMNS), (0,), (0,)] and results[2].dtype == torch.bool
