@@ -2,8 +2,8 @@
 
     plan(4096, 50257, 2, Chip((9, 0), 132, 50 * 2**20))
 
-The shapes compile without register spills for all eight architectures (`python -m bench.architectures`) and
-keep most bytes on the way to each multiprocessor. No row of the table has been timed: nothing here ran on a GPU.
+The shapes aim at loads of 128 bits and no register spills; `python -m bench.architectures` compiles and counts.
+No row of the table has been timed: nothing here ran on a GPU.
 """
 
 from typing import NamedTuple
@@ -47,7 +47,7 @@ class _Shapes(NamedTuple):
 
 
 _LIGHT = _Shapes(Shape(2048, 8), Shape(2048, 8), Shape(4096, 16))
-_HEAVY = _Shapes(Shape(1024, 4), Shape(1024, 4), Shape(2048, 8))  # soft-caps, float64, kinds of two passes
+_HEAVY = _Shapes(Shape(1024, 4), Shape(1024, 4), Shape(2048, 8))  # soft-caps, float64, kinds of two passes; 16 bits
 # From this compute capability on: 16 or 32 bits without soft-cap, and the rest.
 _TABLE: tuple[tuple[tuple[int, int], _Shapes, _Shapes], ...] = (
     ((0, 0), _LIGHT, _HEAVY),  # sm_70, sm_75
@@ -65,7 +65,8 @@ def plan(tokens: int, vocabulary: int, itemsize: int, chip: Chip, heavy: bool = 
     """
     _, light, dense = next(row for row in reversed(_TABLE) if chip.capability >= row[0])
     shapes = dense if heavy else light
-    statistics, gradient, fused = (_fitted(shape, vocabulary) for shape in shapes)
+    narrower = itemsize // 2 if heavy and itemsize > 2 else 1  # 16 bytes a thread and side, or registers spill
+    statistics, gradient, fused = (_fitted(Shape(b // narrower, warps), vocabulary) for b, warps in shapes)
     a_program = 2 * vocabulary * itemsize
     residents = min(_FILL, int(_L2_SHARE * chip.l2_bytes // (chip.processors * a_program)))
     worthwhile = residents > 0 and tokens >= chip.processors
