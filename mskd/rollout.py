@@ -182,7 +182,17 @@ def sample(
     with ExitStack() as stack:
         for decoder in decoders:
             stack.enter_context(decoder.opened(slots, capacity))
-        batch = Slots(decoders, prompts, u, eos_id=eos_id, slots=slots, mix_alpha=mix_alpha, top_p=top_p, top_k=top_k)
+        batch = Slots(
+            decoders,
+            prompts,
+            u,
+            eos_id=eos_id,
+            slots=slots,
+            mix_alpha=mix_alpha,
+            top_p=top_p,
+            top_k=top_k,
+            lazy=lazy,
+        )
         _decode(batch, should_stop)
         return _flatten(prompts, batch, vocab_size)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from mskd.decode import Decoder, Span
 from mskd.draw import draw, logprobs_of
 
-LOOK_EVERY_CUDA = 8  # steps between looks at what has finished: each is a synchronisation with the GPU
+LOOK_EVERY = {"cpu": 1, "cuda": 8}  # steps between looks at what has finished: on a GPU each waits for it
 WAITING = 0.5  # share of the sequences that may wait for the teacher; measured on a CPU, see docs/log.md
 
 Response = tuple[Tensor, Tensor]  # of one sequence: tokens [t], log-probabilities [2 or 3, t]
@@ -86,7 +86,7 @@ class Slots:
         self.rows: list[_Row] = []  # in the order of their slots
         self.free = list(range(slots))
         self.recent: list[tuple[list[tuple[_Row, int]], Tensor]] = []  # tokens drawn since the last look
-        self.steps, self.look_every = 0, 1 if device.type == "cpu" else LOOK_EVERY_CUDA
+        self.steps = 0
 
     @property
     def unfinished(self) -> bool:
@@ -104,7 +104,7 @@ class Slots:
             token, *logprobs = draw(student, teacher, u, mix_alpha=alpha, top_p=self.top_p, top_k=self.top_k)
             self._record(self.rows, token, [x for x in logprobs if x is not None])
         self.steps += 1
-        if self.steps % self.look_every == 0:
+        if self.steps % LOOK_EVERY.get(self.device.type, 1) == 0:
             self._look()
         self._release()
 

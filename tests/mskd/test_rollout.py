@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mskd import objective
+from mskd import decode, objective, slots
 from mskd.config import ConfigError, MinillmPhase
 from mskd.draw import _inverse_cdf, draw, uniforms
 from mskd.models import Teacher
@@ -211,10 +211,19 @@ def test_draw_of_extreme_logits_has_no_inf_or_nan():
 
 @pytest.mark.parametrize(
     "alpha, temperature, top_k, top_p",
-    [(0.0, 1.0, 0, 1.0), (0.2, 1.0, 0, 1.0), (0.5, 0.7, 3, 1.0), (0.5, 1.3, 0, 0.8), (0.0, 1.0, 4, 0.9)],
-)
-def test_sequences_follow_the_exact_distribution(alpha, temperature, top_k, top_p):
-    """All sequences of up to 3 tokens of a tiny model, enumerated without a cache, against 12,000 samples."""
+    [
+        (0.0, 1.0, 0, 1.0), (0.2, 1.0, 0, 1.0), (0.6, 0.7, 0, 1.0), (0.5, 0.7, 3, 1.0), (0.5, 1.3, 0, 0.8),
+        (0.0, 1.0, 4, 0.9),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("lazy", [True, False])
+def test_sequences_follow_the_exact_distribution(alpha, temperature, top_k, top_p, lazy):
+    """All sequences of up to 3 tokens of a tiny model, enumerated without a cache, against 12,000 samples.
+
+    Slots are refilled, and without a cut the lazy teacher gives first and later tokens.
+    """
+    if not lazy and (alpha == 0 or top_k or top_p < 1):
+        pytest.skip("the same path as lazy")
     V, n, T = 5, 12_000, 3
     student, teacher = llama(V, seed=1, std=0.6), llama(V, seed=2, std=0.6)
     prompt = [3, 2]
@@ -234,7 +243,7 @@ def test_sequences_follow_the_exact_distribution(alpha, temperature, top_k, top_
         open_ = following
     rollout = run(
         student, teacher, [prompt] * n, max_new_tokens=T, mix_alpha=alpha, temperature=temperature, top_k=top_k,
-        top_p=top_p, batch_size=4000,
+        top_p=top_p, batch_size=4000, lazy=lazy,
     )  # fmt: skip
     drawn = [tuple(r) for r in rollout.responses()]
     assert set(drawn) <= set(expected)
@@ -306,22 +315,98 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(family, attention, dtype
     torch.testing.assert_close(rollout.importance_weights, (old - mixed).exp(), rtol=0, atol=atol)
 
 
-def test_samples_do_not_depend_on_batch_size_or_order():
-    student, teacher = llama(24, seed=1), llama(24, seed=2)
+@pytest.fixture(scope="module")
+def unequal():
+    """Student, teacher and 20 prompts of 1 to 9 tokens whose answers have 1 to 40: slots are refilled all the time."""
     prompts = [[(7 * i + j) % 22 + 2 for j in range(1 + 5 * i % 9)] for i in range(20)]
+    return llama(24, seed=1), llama(24, seed=2), prompts
+
+
+MODES = {"student": dict(mix_alpha=0.0), "lazy": {}, "every token": dict(lazy=False), "cut": dict(top_p=0.95)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_do_not_depend_on_batch_size_or_order(unequal, mode):
+    student, teacher, prompts = unequal
     ids = [100 + 3 * i for i in range(20)]
-    settings = dict(mix_alpha=0.3, max_new_tokens=24, top_p=0.95)
-    whole = run(student, teacher, prompts, batch_size=20, sequence_ids=ids, **settings)
-    assert whole.response_lengths.unique().numel() > 4  # rows leave the batch at different times
-    for batch_size in (1, 7):
+    settings = dict(mix_alpha=0.3, max_new_tokens=40) | MODES[mode]
+    whole = run(student, teacher, prompts, batch_size=16, sequence_ids=ids, **settings)
+    lengths = whole.response_lengths
+    assert lengths.unique().numel() > 6 and lengths.min() < 4 and lengths.max() > 20
+    for batch_size in (1, 3, 20):
         other = run(student, teacher, prompts, batch_size=batch_size, sequence_ids=ids, **settings)
         assert_same(whole, other, 1e-10)
     backwards = run(student, teacher, prompts[::-1], batch_size=6, sequence_ids=ids[::-1], **settings)
     assert_same(whole, backwards.select(range(19, -1, -1)), 1e-10)
-    again = run(student, teacher, prompts, batch_size=20, sequence_ids=ids, **settings)
+    again = run(student, teacher, prompts, batch_size=16, sequence_ids=ids, **settings)
     assert_same(whole, again, 0.0)
     assert run(student, teacher, prompts, sequence_ids=ids, seed=4, **settings).responses() != whole.responses()
     assert run(student, teacher, prompts, sequence_ids=range(20), **settings).responses() != whole.responses()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_do_not_depend_on_when_things_happen(unequal, mode, monkeypatch):
+    """When finished sequences are found, how many wait for the teacher, how many tokens one pass takes."""
+    settings = dict(mix_alpha=0.3, max_new_tokens=30, batch_size=5) | MODES[mode]
+    whole = run(*unequal, **settings)
+    with monkeypatch.context() as patch:
+        patch.setitem(slots.LOOK_EVERY, "cpu", 8)  # as on a GPU: sequences run on after their end
+        assert_same(whole, run(*unequal, **settings), 1e-10)
+    for share in (0.01, 1.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(slots, "WAITING", share)
+            assert_same(whole, run(*unequal, **settings), 1e-10)
+    monkeypatch.setattr(decode, "PASS_TOKENS", 4)
+    assert_same(whole, run(*unequal, **settings), 1e-10)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The spans of every call of each model, by the model."""
+    found: dict = {}
+    advance = decode.Decoder.advance
+
+    def counted(self, tokens, spans):
+        found.setdefault(self.model, []).append(list(spans))
+        return advance(self, tokens, spans)
+
+    monkeypatch.setattr(decode.Decoder, "advance", counted)
+    return found
+
+
+def test_the_batch_stays_full(unequal, passes):
+    student, _, prompts = unequal
+    rollout = run(student, None, prompts, max_new_tokens=40, batch_size=4)
+    calls = passes[student]
+    begun = 0
+    for spans in calls:
+        begun += sum(span.start == 0 for span in spans)
+        assert len(spans) == 4 or begun == len(prompts)  # a free slot only once no prompt is left
+    tokens = sum(span.end - span.start for spans in calls for span in spans)
+    assert tokens == len(rollout.tokens) - len(prompts)  # each once, but for the last of every response
+    assert len(calls) < sum(max(lengths) for lengths in rollout.response_lengths.split(4))
+
+
+def test_the_lazy_teacher_runs_over_blocks(unequal, passes):
+    """Each token passes through the teacher at most once, in far fewer calls; it gives alpha of the tokens."""
+    student, teacher, prompts = unequal
+    rollout = run(student, teacher, prompts, mix_alpha=0.2, max_new_tokens=40, batch_size=10)
+    blocks = [span for spans in passes[teacher] for span in spans]
+    assert len(passes[teacher]) < len(passes[student]) / 2
+    assert abs(len(blocks) / len(rollout.old_logprobs) - 0.2) < 0.06
+    for row in range(len(prompts)):
+        own = [span for span in blocks if span.row == row]
+        assert [s.start for s in own] == [0, *(s.end for s in own)][: len(own)]
+    with pytest.raises(ValueError, match="objective.score first"):
+        _ = rollout.importance_weights
+
+
+def test_lazy_or_not_the_log_probabilities_mean_the_same(unequal):
+    """The mixture's and the teacher's, recorded token by token, are those of one pass after sampling."""
+    student, teacher, prompts = unequal
+    rollout = run(student, teacher, prompts, mix_alpha=0.3, max_new_tokens=30, lazy=False)
+    bare = replace(rollout, teacher_logprobs=None, mixture_logprobs=None)
+    assert_same(rollout, scored(bare, teacher, mix_alpha=0.3), 1e-10)
 
 
 def assert_same(a, b, tolerance):
@@ -403,6 +488,7 @@ def test_stops_when_asked_and_leaves_the_model_as_it_was():
     with pytest.raises(Interrupted):
         run(student, None, PROMPTS, should_stop=should_stop, batch_size=4, max_new_tokens=20)
     assert asked == [False] * 4 and student.training
+    assert student.config._attn_implementation == "sdpa"
     assert not any(p.grad is not None for p in student.parameters())
 
 
