@@ -64,7 +64,7 @@ def test_greedy_samples_of_a_cut_model_are_transformers_own(family, keep):
 def test_recorded_logprobs_are_those_of_plain_forwards(family):
     """Student and teacher in lockstep, rows that leave the batch, caches that shrink."""
     teacher = build(copy.deepcopy(family.config), seed=1)
-    settings = dict(mix_alpha=0.4, top_k=0, batch_size=3)
+    settings = dict(mix_alpha=0.4, top_k=0, top_p=0.9999, batch_size=3)  # cut: the teacher decodes every token
     end = run(family, teacher, **settings).responses()[1][5]
     rollout = run(family, teacher, eos_id=end, **settings)
     assert rollout.response_lengths[1] <= 6 and rollout.response_lengths.max() > 6
@@ -88,7 +88,7 @@ def test_the_window_and_the_caps_are_seen_in_these_logprobs(name):
 def test_an_int8_teacher_scores_as_its_own_forward(family, tmp_path):
     family.save_pretrained(tmp_path)
     teacher = load_teacher(tmp_path, "int8", detect("cpu"))
-    rollout = run(family, teacher, mix_alpha=0.4, top_k=0)
+    rollout = run(family, teacher, mix_alpha=0.4, top_k=0, top_p=0.9999)  # cut: the teacher decodes every token
     torch.testing.assert_close(rollout.teacher_logprobs, logprobs(teacher.model, rollout), atol=2e-4, rtol=0)
     exact = load_model(tmp_path)
     assert (rollout.teacher_logprobs - logprobs(exact, rollout)).abs().max() > 1e-4  # it is int8 indeed
