@@ -157,6 +157,7 @@ def test_results_merge_by_key_and_keep_the_run_of_each_row(run, tmp_path, capsys
         ("N=2", "ours"): (4.0, "2030-02-02"),
     }
     assert {run["date"] for run in document["runs"].values()} == {run["date"], later["date"]}
+    assert all(len(run["load_average"]) == 3 for run in document["runs"].values())
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["results"] == str(path)
 
 
