@@ -260,8 +260,8 @@ def finish(
     """Store the rows, print the document as the last line and return the exit code: 1 if a provider was wrong.
 
     A row has figures or, where the gate was red, "wrong": why; either takes the place of the older row of its key.
-    left_out: provider -> why it cannot run here. folder: of the result files; None stores nothing. The run's record gets
-    the load of the machine: above the run's own threads, somebody else was at work, and only ratios mean something.
+    left_out: provider -> why it cannot run here. folder: of the result files; None stores nothing. The run's record
+    gets the load of the machine: above the run's own threads, others were at work, and only ratios mean something.
     """
     run = dict(run) | {"load_average": list(os.getloadavg())}  # over the last 1, 5 and 15 minutes
     document = {"benchmark": benchmark, "run": dict(run), "rows": list(rows), "left_out": dict(left_out)}
