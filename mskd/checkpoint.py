@@ -21,7 +21,7 @@ import torch
 
 from mskd.config import ConfigError
 
-FORMAT = 1  # raised when a node's meaning on disk changes; part of every hash
+FORMAT = 2  # raised when a node's meaning on disk changes; part of every hash
 _TMP = ".tmp-"
 
 
