@@ -9,15 +9,17 @@ A key that does not exist is an error that names the nearest one that does.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 RECIPES = Path(__file__).parent / "recipes"
+MAX_ASSISTANTS = 10  # of paths = "all"
 
 Precision = Literal["int8", "llm_int8", "fp16", "bf16", "fp32"]
 Keep = Literal["last", "best"]
@@ -61,6 +63,29 @@ class PhaseBase(Frozen):
             raise ValueError("keep = 'best' needs eval_every, the number of steps between validations")
         return self
 
+    @property
+    def needs_responses(self) -> bool:
+        """Whether the phase trains or validates on responses of the data."""
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What a node's hash covers. A field that came later is left out while it is off: old nodes stay valid."""
+        return {k: v for k, v in self.model_dump().items() if k != "teacher_responses" or v is not None}
+
+
+class TeacherResponses(Frozen):
+    """How the teacher answers the training prompts: once, before the phase begins. top_k = 1 is greedy decoding.
+
+    A response that reaches max_new_tokens has no end token.
+    """
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
+    data_share: float = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
+
 
 class SftPhase(PhaseBase):
     """Cross-entropy on the responses of the data."""
@@ -69,11 +94,115 @@ class SftPhase(PhaseBase):
 
 
 class KdPhase(PhaseBase):
-    """(1 - kd_ratio) CE + kd_ratio T^2 KL(teacher || student) at temperature T on the responses of the data."""
+    """(1 - kd_ratio) CE + kd_ratio T^2 KL(teacher || student) at temperature T (Hinton et al. 2015).
+
+    On the responses of the data, or with `teacher_responses` on the teacher's.
+    """
 
     objective: Literal["kd"] = "kd"
     kd_ratio: float = Field(1.0, ge=0, le=1)
     temperature: float = Field(1.0, gt=0)
+    teacher_responses: TeacherResponses | None = None
+
+    @property
+    def needs_responses(self) -> bool:
+        return _needs_data(self.teacher_responses, self.eval_every)
+
+
+class SeqkdPhase(PhaseBase):
+    """Cross-entropy on the teacher's responses to the training prompts: sequence-level distillation.
+
+    Kim and Rush, EMNLP 2016, who take the teacher's best answer by beam search; here it is sampled, or with
+    teacher_responses.top_k = 1 decoded greedily. Validation is on the data's responses.
+    """
+
+    objective: Literal["seqkd"] = "seqkd"
+    teacher_responses: TeacherResponses = TeacherResponses()
+
+    @property
+    def needs_responses(self) -> bool:
+        return _needs_data(self.teacher_responses, self.eval_every)
+
+
+def _needs_data(teacher: TeacherResponses | None, eval_every: int | None) -> bool:
+    return teacher is None or teacher.data_share > 0 or eval_every is not None
+
+
+class OnPolicyPhase(PhaseBase):
+    """Fields of the phases that train on the student's own samples, drawn anew each round."""
+
+    rollouts: int = Field(ge=1, description="sequences of one round, over all processes")
+    rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
+    max_new_tokens: int = Field(256, ge=1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> OnPolicyPhase:
+        if self.rollouts % self.batch_size:
+            raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of batch_size ({self.batch_size})")
+        return self
+
+
+class MixedPhase(OnPolicyPhase):
+    """Fields of gkd and distillm: a divergence per token, on responses of the student among those of the data.
+
+    Each sequence of a round is the student's with probability student_share, else the data's, or with
+    `teacher_responses` the teacher's. (The papers draw so for a whole batch: the same in the mean, with more variance.)
+    No gradient goes through the sampling. The loss is the mean over the tokens of a batch; no factor T^2.
+    """
+
+    rollouts: int = Field(ge=1, description="sequences of one round; default: batch_size, a round each step")
+    student_share: float = Field(0.5, ge=0, le=1, description="share of the student's own responses in a round")
+    sampling_temperature: float = Field(1.0, gt=0, description="of the student while it samples")
+    temperature: float = Field(1.0, gt=0, description="of both models in the divergence")
+    teacher_responses: TeacherResponses | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_round_each_step(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("rollouts") is None:
+            return {**given, "rollouts": given.get("batch_size", cls.model_fields["batch_size"].default)}
+        return given
+
+    @property
+    def needs_responses(self) -> bool:
+        return self.eval_every is not None or (self.student_share < 1 and _needs_data(self.teacher_responses, None))
+
+
+class GkdPhase(MixedPhase):
+    """Generalised JSD(beta), m = beta p + (1 - beta) q: beta KL(p || m) + (1 - beta) KL(q || m); p teacher, q student.
+
+    GKD, Agarwal et al., ICLR 2024. At its ends JSD(beta) is 0; as in the paper beta = 0 stands for the forward KL(p ||
+    q), the limit of JSD(beta) / beta, and beta = 1 for the reverse KL(q || p), that of JSD(beta) / (1 - beta). The
+    metrics then bear those names.
+    """
+
+    objective: Literal["gkd"] = "gkd"
+    beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL")
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """The divergence by its name in mskd_kernels, and its number."""
+        ends: dict[float, tuple[str, float | None]] = {0.0: ("forward_kl", None), 1.0: ("reverse_kl", None)}
+        return ends.get(self.beta, ("jsd", self.beta))
+
+
+class DistillmPhase(MixedPhase):
+    """Skew KL(p || s p + (1 - s) q) or skew reverse KL(q || (1 - s) p + s q), s = skew; p teacher, q student.
+
+    DistiLLM, Ko et al., ICML 2024. The share of the student's responses is fixed here; the paper raises it when the
+    validation loss rises, and takes part of them from a replay buffer.
+    """
+
+    objective: Literal["distillm"] = "distillm"
+    divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_kl"
+    skew: float = Field(0.1, gt=0, lt=1)
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """The divergence by its name in mskd_kernels, and its number."""
+        return self.divergence, self.skew
 
 
 # Each named term of the objective is a field; a preset is only a set of values.
@@ -91,7 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class MinillmPhase(PhaseBase):
+class MinillmPhase(OnPolicyPhase):
     """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
 
     objective: Literal["minillm", "lmops"] = "minillm"
@@ -102,12 +231,8 @@ class MinillmPhase(PhaseBase):
     warmup_steps: int = Field(100, ge=0)
     # sampling
     rollouts: int = Field(256, ge=1, description="sequences sampled in one round, over all processes")
-    rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
-    max_new_tokens: int = Field(256, ge=1)
     mix_alpha: float = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
     temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off")
     # optimisation
     ppo_epochs: int = Field(4, ge=1)
     clip: float = Field(0.2, gt=0, lt=1)
@@ -131,14 +256,20 @@ class MinillmPhase(PhaseBase):
             return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
         return given
 
-    @model_validator(mode="after")
-    def _whole_batches(self) -> MinillmPhase:
-        if self.rollouts % self.batch_size:
-            raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of batch_size ({self.batch_size})")
-        return self
+    @property
+    def needs_responses(self) -> bool:
+        return False
 
 
-Phase = Annotated[Union[SftPhase, KdPhase, MinillmPhase], Field(discriminator="objective")]
+Phase = Annotated[
+    Union[SftPhase, KdPhase, SeqkdPhase, GkdPhase, DistillmPhase, MinillmPhase], Field(discriminator="objective")
+]
+# Every objective by name, with its phase: the one list of them.
+OBJECTIVES: dict[str, type[PhaseBase]] = {
+    name: phase
+    for phase in get_args(get_args(Phase)[0])
+    for name in get_args(phase.model_fields["objective"].annotation)
+}
 
 
 # -- models, data, evaluation ---------------------------------------------------------------------
@@ -168,7 +299,48 @@ class ModelConfig(Frozen):
 
 
 class ChainConfig(Frozen):
-    paths: tuple[tuple[str, ...], ...] = Field(min_length=1, description="each from teacher to student")
+    """The paths, each from teacher to student: a list, or "all" for every path over the models from `teacher` to
+    `student` in [models], by default the first and the last one named there; name them from big to small."""
+
+    paths: tuple[tuple[str, ...], ...] = Field(min_length=1, description="a list of paths, or 'all'")
+    teacher: str | None = Field(None, description="with paths = 'all': where every path begins")
+    student: str | None = Field(None, description="with paths = 'all': where every path ends")
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _all_or_a_list(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            raise ValueError(f"{given!r} is no list of paths; give 'all' or a list like [['teacher', 'student']]")
+        return given
+
+    @model_validator(mode="after")
+    def _ends_of_all(self) -> ChainConfig:
+        if self.teacher is not None or self.student is not None:
+            raise ValueError("teacher and student go with paths = 'all'; a list of paths names its own")
+        return self
+
+
+def all_paths(chain: Mapping[str, Any], models: Iterable[str]) -> list[list[str]]:
+    """Every path over the models named from the teacher to the student, 2^n for n assistants; short ones come first.
+
+    Raises ValueError where the ends are no such models, or where there are no assistants or too many.
+    """
+    names = list(models)
+    teacher, student = chain.get("teacher", names[0]), chain.get("student", names[-1])
+    for key, name in (("teacher", teacher), ("student", student)):
+        if name not in names:
+            raise ValueError(f"chain.{key} is {name!r}, which is no model{_nearest(str(name), names)}")
+    first, last = names.index(teacher), names.index(student)
+    if first >= last:
+        raise ValueError(f"[models] must name the teacher {teacher!r} before the student {student!r}, not after")
+    between = names[first + 1 : last]
+    if not 1 <= len(between) <= MAX_ASSISTANTS:
+        raise ValueError(
+            f"paths = 'all' needs 1 to {MAX_ASSISTANTS} assistants named between {teacher!r} and {student!r} in "
+            f"[models], not {len(between)}; n of them make 2^n paths"
+        )
+    chosen = [c for n in range(len(between) + 1) for c in itertools.combinations(between, n)]
+    return [[teacher, *c, student] for c in chosen]
 
 
 class DataConfig(Frozen):
@@ -176,6 +348,7 @@ class DataConfig(Frozen):
 
     source: str = Field("demo", description="demo, a hub id, or a .json .jsonl .csv .parquet file")
     split: str = "train"
+    seed: int | None = Field(None, ge=0, description="of the draw of test and validation items; default: the run's")
     revision: str | None = None
     instruction: str | None = None
     context: str | None = None
@@ -251,14 +424,25 @@ class RunConfig(Frozen):
 class Config(Frozen):
     name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
     seed: int = Field(0, ge=0)
+    seeds: tuple[int, ...] = Field((), description="a sweep: all is done once for each; `seed` draws the test items")
     models: dict[str, ModelConfig] = Field(min_length=1)
     chain: ChainConfig
     data: DataConfig = DataConfig()
     phases: tuple[Phase, ...] = Field(min_length=1)
     hop: dict[str, dict[str, Any]] = Field({}, description="overrides for one hop, keyed 'teacher>student'")
+    grid: dict[str, tuple[Any, ...]] = Field({}, description="a sweep: values for keys of this file, as --set has them")
     train: TrainConfig = TrainConfig()
     evaluation: EvalConfig = EvalConfig.model_validate({})
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_paths(cls, given: Any) -> Any:
+        chain, models = (given.get(k) if isinstance(given, Mapping) else None for k in ("chain", "models"))
+        if isinstance(chain, Mapping) and chain.get("paths") == "all" and isinstance(models, Mapping) and models:
+            other = {k: v for k, v in chain.items() if k not in ("paths", "teacher", "student")}
+            return {**given, "chain": {"paths": all_paths(chain, models), **other}}
+        return given
 
     @field_validator("models")
     @classmethod
@@ -306,6 +490,36 @@ class Config(Frozen):
         if any(p.eval_every for p in every) and not self.data.validation:
             raise ValueError("eval_every needs validation items; set data.validation to their number")
         return self
+
+    @model_validator(mode="after")
+    def _sweep_resolves(self) -> Config:
+        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
+            raise ValueError(f"seeds must be different numbers of at least 0, not {list(self.seeds)}")
+        for key, values in self.grid.items():
+            top = key.strip().split(".")[0]
+            if top in ("name", "seed", "seeds", "grid", "run"):
+                raise ValueError(f"grid.{key!r} cannot be varied; a seed goes into seeds, a runtime setting into [run]")
+            if not values:
+                raise ValueError(f"grid.{key!r} is empty; give at least one value, or take the key out")
+            if len({repr(v) for v in values}) != len(values):
+                raise ValueError(f"grid.{key!r} names a value twice: {list(values)}")
+            for value in values:
+                self.with_values({key: value})
+        return self
+
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """This configuration with other values at some keys, written as in `--set`, without seeds and grid.
+
+        A preset's values follow the preset where they were its own. Raises ConfigError.
+        """
+        tree = _given(self)
+        tree.pop("seeds", None)
+        tree.pop("grid", None)
+        for key in sorted(values, key=lambda key: key.endswith(".objective")):  # others may name a phase by it
+            _put(tree, key, values[key], f"key {key!r}")
+        shown = ", ".join(f"{k} = {v!r}" for k, v in values.items())
+        changed: Config = parse(tree, where=f"with {shown}")
+        return changed
 
     def hop_phases(self, teacher: str, student: str) -> tuple[Phase, ...]:
         """The phases of one hop: the common ones, `[hop."teacher>student"]` applied to each that has the key."""
@@ -388,8 +602,25 @@ def _copy(value: Any) -> Any:
     return value
 
 
+def _given(value: Any) -> Any:
+    """The plain values that parse to this configuration, without those that are defaults or a preset's own."""
+    if isinstance(value, Mapping):
+        return {k: _given(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_given(v) for v in value]
+    if not isinstance(value, BaseModel):
+        return value
+    preset = {**PRESETS, **EVAL_PRESETS}.get(getattr(value, "objective", getattr(value, "protocol", "")), {})
+    tree = {}
+    for name, field in type(value).model_fields.items():
+        own = getattr(value, name)
+        if name == "objective" or own != preset.get(name, field.default):
+            tree[field.alias or name] = _given(own)
+    return tree
+
+
 def _override(tree: dict[str, Any], item: str) -> None:
-    """Apply one `a.b.c=value`; the value is TOML, or a plain string. A phase is named by number or objective."""
+    """Apply one `a.b.c=value`; the value is TOML, or a plain string."""
     key, sep, text = item.partition("=")
     if not sep or not key.strip():
         raise ConfigError(f"--set {item!r} must look like key=value, for example --set phases.minillm.lr=1e-5")
@@ -397,32 +628,37 @@ def _override(tree: dict[str, Any], item: str) -> None:
         value = tomllib.loads(f"v = {text.strip()}")["v"]
     except tomllib.TOMLDecodeError:
         value = text.strip()
+    _put(tree, key, value, f"--set {item!r}")
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    """Set the value at a dotted key. An entry of a list is named by number or objective."""
     parts = [a or b for a, b in re.findall(r'"([^"]+)"|([^."]+)', key.strip())]
     node: Any = tree
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(node, list):
-            index = _phase_index(node, part, item)
+            index = _phase_index(node, part, shown)
             if last:
                 node[index] = value
             else:
                 node = node[index]
         elif not isinstance(node, dict):
-            raise ConfigError(f"--set {item!r}: {'.'.join(parts[:i])!r} is a value and has no {part!r}")
+            raise ConfigError(f"{shown}: {'.'.join(parts[:i])!r} is a value and has no {part!r}")
         elif last:
             node[part] = value
         else:
             node = node.setdefault(part, {})
 
 
-def _phase_index(phases: list[Any], part: str, item: str) -> int:
+def _phase_index(phases: list[Any], part: str, shown: str) -> int:
     names = [p.get("objective") if isinstance(p, dict) else None for p in phases]
     if part.isdigit() and int(part) < len(phases):
         return int(part)
     if names.count(part) == 1:
         return names.index(part)
     allowed = ", ".join([str(i) for i in range(len(phases))] + [n for n in names if n])
-    raise ConfigError(f"--set {item!r}: no single entry {part!r} in that list; allowed: {allowed}")
+    raise ConfigError(f"{shown}: no single entry {part!r} in that list; allowed: {allowed}")
 
 
 def _nearest(given: str, known: Iterable[str]) -> str:
@@ -433,7 +669,7 @@ def _nearest(given: str, known: Iterable[str]) -> str:
 def _one_line(error: ValidationError) -> str:
     """The first problem of a pydantic error, as one line with the key, what was given and what is allowed."""
     problem = error.errors(include_url=False)[0]
-    loc = [p for p in problem["loc"] if p not in ("sft", "kd", "minillm", "lmops")]
+    loc = [p for p in problem["loc"] if p not in OBJECTIVES]
     key = ".".join(str(p) for p in loc)
     more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
     kind = problem["type"]
@@ -448,33 +684,38 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: {message}{more}" if key else f"{message}{more}"
     if kind == "union_tag_invalid":
         given = problem["input"].get("objective") if isinstance(problem["input"], Mapping) else problem["input"]
-        known = ("sft", "kd", "minillm", "lmops")
-        return f"{key}.objective is {given!r}; allowed: {', '.join(known)}{_nearest(str(given), known)}{more}"
+        return f"{key}.objective is {given!r}; allowed: {', '.join(OBJECTIVES)}{_nearest(str(given), OBJECTIVES)}{more}"
     if kind == "union_tag_not_found":
-        return f"{key} needs an objective: sft, kd, minillm or lmops{more}"
-    return f"{key} is {problem['input']!r}: {message[0].lower()}{message[1:]}{more}"
+        return f"{key} needs an objective; allowed: {', '.join(OBJECTIVES)}{more}"
+    message = message[0].lower() + message[1:].replace("valid tuple", "list")
+    return f"{key} is {problem['input']!r}: {message}{more}"
 
 
 def _fields_at(loc: list[Any]) -> set[str]:
     """The keys that are valid at a place in the configuration tree."""
-    model: Any = Config
+    model: type[BaseModel] = Config
     for part in loc:
-        if part in ("sft", "kd", "minillm", "lmops") and not isinstance(part, int):
-            model = {"sft": SftPhase, "kd": KdPhase}.get(str(part), MinillmPhase)
-        elif isinstance(part, str) and model is Config:
-            model = {
-                "models": ModelConfig, "chain": ChainConfig, "data": DataConfig, "phases": MinillmPhase,
-                "train": TrainConfig, "evaluation": EvalConfig, "run": RunConfig,
-            }.get(part, Config)  # fmt: skip
+        if part in OBJECTIVES:
+            model = OBJECTIVES[part]
+        elif part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
     return {f.alias or name for name, f in model.model_fields.items()}
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The first model that an annotation holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
 
 
 def to_toml(config: Config, header: str = "") -> str:
     """The resolved configuration as TOML that `load` reads back to an equal Config. `header`: comment lines."""
     tree = config.model_dump(by_alias=True, exclude_none=True)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    lines += [f"{k} = {_toml(tree.pop(k))}" for k in ("name", "seed")]
-    for table in ("models", "hop"):
+    lines += [f"{k} = {_toml(tree.pop(k))}" for k in ("name", "seed", "seeds") if k in tree and tree[k] != ()]
+    tree.pop("seeds", None)
+    for table in ("grid", "models", "hop"):
         entries = tree.pop(table)
         if entries:
             lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {_toml(v)}" for k, v in entries.items()]

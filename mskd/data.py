@@ -146,10 +146,12 @@ def load_data(
 ) -> Splits:
     """Read, format, tokenise and split the data of a run.
 
-    A number of test rows is drawn by the seed; of the demo's own 50 it takes the first ones. Rows are dropped, and
-    counted in the log, where the prompt is empty or too long, where a needed response is empty, and where they have the
-    prompt of a row held out from them. Without need_responses, rows may have prompts only. Raises ConfigError.
+    A number of test rows is drawn by data.seed, by default `seed`; of the demo's own 50 it takes the first ones. Rows
+    are dropped, and counted in the log, where the prompt is empty or too long, where a needed response is empty, and
+    where they have the prompt of a row held out from them. Without need_responses, rows may have prompts only. Raises
+    ConfigError.
     """
+    seed = seed if config.seed is None else config.seed
     if isinstance(config.test, int) and config.test < 0:
         raise ConfigError(f"data.test is {config.test}; give a number of rows from 0 up, a file or a hub id")
     examples = _load(config.source, "data.source", config, tokenizer, need_responses)

@@ -16,6 +16,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"config", "chain"}, set()),
     "__main__": ({"cli"}, set()),
     "config": (set(), {"pydantic"}),
+    "sweep": ({"config"}, set()),
     "hardware": ({"config"}, {"torch", "mskd_kernels"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
     "optim": ({"config", "quantize"}, {"torch"}),
@@ -50,7 +51,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nodes": (LEAVES | {"data", "models", "optim"}, set()),
     "chain": (
-        LEAVES | {"nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
+        LEAVES | {"sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
         {"torch", "accelerate"},
     ),
     "cli": ({"config", "chain", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
