@@ -234,7 +234,7 @@ def _store_statistics(
     if EXPECTATION != 0:
         value = _value(m, d, mt, dt, k, EXPECTATION)
         tl.store(out, value)
-        tl.store(out + 8, value if EXPECTATION == 1 else value * 0.0)
+        tl.store(out + 8, value if EXPECTATION == 1 else tl.zeros_like(value))
 
 
 @_kernel
