@@ -32,7 +32,8 @@ from mskd_kernels._plan import Chip, plan
 from mskd_kernels._rows import COLUMNS, Coefficients, Objective, Policy, RowOp, Side, accumulate_dtype
 from mskd_kernels.divergence import DIVERGENCES
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
 from bench.harness import RESULTS, Row, environment, read_results, table
 from bench.kl_cases import Case
@@ -43,7 +44,6 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 TOKENS, VOCABULARY = 4096, 50257
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
-TRITON_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.int64: "i64", torch.bool: "i1"}
 
 
 @dataclass(frozen=True)
@@ -92,23 +92,23 @@ def variants(archs: Sequence[int], everything: bool) -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
-def launches(variant: Variant) -> Iterator[_triton_rows.Launch]:
+def launches(variant: Variant, rows: int = TOKENS, vocabulary: int = VOCABULARY) -> Iterator[_triton_rows.Launch]:
     """What the package would launch for a variant, on tensors without memory."""
     dtype, kind = DTYPES[variant.dtype], None if variant.kind is None else DIVERGENCES[variant.kind]
-    storage = torch.empty(TOKENS * (VOCABULARY + 16), dtype=dtype, device="meta")
-    s, t = (storage[i : i + TOKENS * VOCABULARY].view(TOKENS, VOCABULARY) for i in (0, 0 if variant.wide else 1))
+    storage = torch.empty(rows * (vocabulary + 16), dtype=dtype, device="meta")
+    s, t = (storage[i : i + rows * vocabulary].view(rows, vocabulary) for i in (0, 0 if variant.wide else 1))
     total = accumulate_dtype(s)
 
     def a_token(of: torch.dtype = total) -> torch.Tensor:
-        return torch.empty(TOKENS, dtype=of, device="meta")
+        return torch.empty(rows, dtype=of, device="meta")
 
     side = Side(1.0, 30.0) if variant.capped else Side()
     op = RowOp(kind, "triton", 1.0, side, side, entropy=True)
-    terms = torch.empty(TOKENS, 1, 2, dtype=total, device="meta") if _triton_rows.two_passes(op) else None
-    stats = torch.empty(TOKENS, COLUMNS, dtype=total, device="meta")
+    terms = torch.empty(rows, 1, 2, dtype=total, device="meta") if _triton_rows.two_passes(op) else None
+    stats = torch.empty(rows, COLUMNS, dtype=total, device="meta")
     tokens, live, teacher = a_token(torch.int64), a_token(torch.bool), None if kind is None else t
     chip = Chip((variant.arch // 10, variant.arch % 10), 1, 2**30)  # an L2 in which every row fits
-    chosen = plan(TOKENS, VOCABULARY, dtype.itemsize, chip, _triton_rows.heavy(op, total))
+    chosen = plan(rows, vocabulary, dtype.itemsize, chip, _triton_rows.heavy(op, total))
     for parts in (1, 2):
         split = chosen._replace(parts=parts)
         yield from _triton_rows.statistics_launches(op, s, teacher, tokens, live, stats, stats, terms, split)
@@ -117,11 +117,13 @@ def launches(variant: Variant) -> Iterator[_triton_rows.Launch]:
     yield _triton_rows.gradient_launch(op, s, teacher, tokens, stats, coefficients, s, chosen.gradient)
     assert chosen.fused is not None
     policy = Policy(a_token(), a_token(), a_token(), 0.2, True, True)
-    objective = Objective(0.0 if kind is None else 1.0, 1.0, policy)
+    divisor = torch.empty((), dtype=total, device="meta")
+    objective = Objective(0.0 if kind is None else 1.0, 1.0, policy, divisor)
     flags = a_token(torch.bool)
     yield _triton_rows.fused_launch(
         op, s, teacher, tokens, live, objective, stats, a_token(), flags, s, chosen.fused, chosen.programs
     )
+    yield _triton_rows.scale_launch(s, divisor, chip.processors)
 
 
 def compiled(variant: Variant) -> list[Row]:
@@ -129,9 +131,12 @@ def compiled(variant: Variant) -> list[Row]:
 
 
 def _row(variant: Variant, launch: _triton_rows.Launch) -> Row:
-    types, constants = _signature(launch)
     target = GPUTarget("cuda", variant.arch, 32)
-    source = ASTSource(launch.kernel, types, constants, {})  # nothing is specialised, as in a launch
+    bound = dict(zip(launch.kernel.arg_names, _bound(launch, target), strict=True))
+    constants = {name: value for name, (kind, value) in bound.items() if kind == "constexpr"}
+    assert all(special is None for name, (_, special) in bound.items() if name not in constants), bound
+    types = {name: kind for name, (kind, _) in bound.items()}
+    source = ASTSource(launch.kernel, types, constants, {})
     binary = triton.compile(source, target=target, options={"num_warps": launch.warps})
     loads = _loads(binary.asm)
     return {
@@ -147,19 +152,17 @@ def _row(variant: Variant, launch: _triton_rows.Launch) -> Row:
     }
 
 
-def _signature(launch: _triton_rows.Launch) -> tuple[dict[str, str], dict[str, Any]]:
-    """The types of the arguments and the constants, as Triton would take them at the launch."""
-    types, constants = {}, {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
-        if parameter.is_constexpr:
-            types[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[parameter.name] = f"*{TRITON_NAMES[value.dtype]}"
-        else:
-            types[parameter.name] = parameter.annotation_type
-        assert parameter.is_constexpr or parameter.do_not_specialize or types[parameter.name] == "fp64", parameter.name
-    return types, constants
+def _bound(launch: _triton_rows.Launch, target: GPUTarget) -> list[tuple[str, Any]]:
+    """What Triton itself makes of the arguments of a launch: (type, what it specialises) or ("constexpr", value)."""
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, make_backend(target))
+    return bind(**launch.arguments)[1]
+
+
+def cache_key(launch: _triton_rows.Launch, arch: int) -> str:
+    """The key under which Triton looks for the binary of a launch on such a GPU; a new key is a compilation."""
+    target = GPUTarget("cuda", arch, 32)
+    options = make_backend(target).parse_options({"num_warps": launch.warps})
+    return compute_cache_key({}, _bound(launch, target), options)
 
 
 def _resources(cubin: bytes) -> Row:
@@ -184,7 +187,7 @@ def _share(variant: Variant, constants: dict[str, Any], loads: Counter[int], war
     """The share of a row of 50257 that 128-bit loads bring: its full tiles, if they cover one tile of each side."""
     if "BLOCK" not in constants:
         return None
-    block, sides = constants["BLOCK"], 1 if constants["TERMS"] is None else 2
+    block, sides = constants["BLOCK"], 1 if constants.get("TERMS") is None else 2
     tile = sides * block * DTYPES[variant.dtype].itemsize
     return round(min(1.0, loads[128] * 16 * 32 * warps / tile) * (VOCABULARY // block * block) / VOCABULARY, 3)
 
