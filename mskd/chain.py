@@ -29,6 +29,7 @@ from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
 from mskd.rollout import Interrupted
+from mskd.sweep import Cell, cells, check_size, is_sweep
 from mskd.tracking import check_trackers
 
 SAMPLE_ROWS = 32  # training rows on which block influence is measured
@@ -47,17 +48,20 @@ def distill(
     config: Config | dict[str, Any],
     out: str | Path = "out",
     *,
+    yes: bool = False,
     stop: Stop | None = None,
     echo: Callable[[str], None] = print,
 ) -> Run:
     """Run a configuration to its end under the folder `out`, going on where an earlier run of it was stopped.
 
+    With several seeds or a grid, every cell in turn (mskd.sweep); yes: however many hops there are to train.
     Raises ConfigError for anything the user can mend, Interrupted (state saved) after Ctrl-C or SIGTERM.
     """
     config = config if isinstance(config, Config) else parse(config)
+    check_size(config, yes)
     with (stop or Stop()).listening() as listening:
         try:
-            return Chain(config, Path(out), listening, echo).run()
+            return Sweep(config, Path(out), listening, echo).run()
         except Interrupted:
             raise Interrupted(listening.signal) from None
 
@@ -139,25 +143,120 @@ class Stop:
                 signal.signal(number, handler)
 
 
-class Chain:
-    """One run: carries out the nodes of its graph that are not done, evaluates, reports."""
+@dataclass(frozen=True)
+class Workplace:
+    """What all cells of a run share."""
+
+    out: Path
+    stop: Stop
+    hardware: Hardware
+    accelerator: Any
+    echo: Callable[[str], None]  # says nothing but in the main process
+    loaded: dict[tuple[str, str], Teacher] = dataclasses.field(default_factory=dict)  # by key and hash of their nodes
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @contextlib.contextmanager
+    def locked(self, folder: Path) -> Iterator[None]:
+        """Hold a folder for this run; only the main process does."""
+        with checkpoint.lock(folder) if self.main else contextlib.nullcontext():
+            yield
+
+
+class Sweep:
+    """A run: the cells that its configuration stands for, mostly one, carried out in order, with one index and report.
+
+    Every cell's graph is made, and so checked, before anything is trained.
+    """
 
     def __init__(self, config: Config, out: Path, stop: Stop, echo: Callable[[str], None]) -> None:
-        self.config, self.out, self.stop = config, out, stop
-        self.directory = out / "runs" / config.name
+        self.config, self.directory = config, out / "runs" / config.name
         check_trackers(config.run.trackers)
-        self.hardware = detect(config.run.device, config.train.precision, config.run.attention)
-        if self.hardware.device.type == "cpu":
+        hardware = detect(config.run.device, config.train.precision, config.run.attention)
+        if hardware.device.type == "cpu":
             keep_freed_memory()
         _writable(out)
-        self.accelerator = make_accelerator(self.hardware)
-        self.main = self.accelerator.is_main_process
-        self.echo = echo if self.main else lambda line: None
-        with self.accelerator.main_process_first():  # the first one fills the caches
-            self.graph = Graph(config, out, self.hardware, self.echo)
+        accelerator = make_accelerator(hardware)
+        said = echo if accelerator.is_main_process else lambda line: None
+        self.place = Workplace(out, stop, hardware, accelerator, said)
+        self.chains: list[Chain] = []
+        with accelerator.main_process_first():  # the first one fills the caches
+            for cell in cells(config):
+                before = self.chains[-1].graph if self.chains else None
+                self.chains.append(Chain(cell, Graph(cell.config, out, hardware, said, before), self.place))
+
+    def run(self) -> Run:
+        """Carry out every node that is not done, evaluate, report."""
+        from mskd import report
+
+        summary: dict[str, Any] = {}
+        with self.place.locked(self.directory):
+            self._write_config()
+            for i, chain in enumerate(self.chains):
+                if is_sweep(self.config):
+                    self.place.echo(f"run {i + 1} of {len(self.chains)}: {chain.cell.label}")
+                chain.run(self._write_index)
+                if self.place.main:
+                    self.place.echo(f"report: {report.write_report(self.directory)}")
+            if self.place.main:
+                summary = report.summary(self.directory)
+        return Run(self.directory, self._students(), summary)
+
+    def _students(self) -> dict[str, Path]:
+        found = {}
+        for chain in self.chains:
+            label = f" ({chain.cell.label})" if is_sweep(self.config) else ""
+            for path in chain.config.chain.paths:
+                found[" > ".join(path) + label] = chain.nodes[">".join(path)].folder
+        return found
+
+    def _write_config(self) -> None:
+        path = self.directory / "config.toml"
+        if not self.place.main:
+            return
+        if path.exists():
+            same = {"run": RunConfig()}
+            try:
+                old = load(path).model_copy(update=same)
+            except ConfigError:
+                old = None
+            if old != self.config.model_copy(update=same):
+                raise ConfigError(
+                    f"{self.directory} holds a run with another configuration; give this one a name of its own "
+                    f"(--set name=...) or another --out; models that both need are shared"
+                )
+        where = self.place.hardware.name
+        header = f"mskd {versions()['mskd']}, {where}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n{versions()}"
+        checkpoint.write_text(path, to_toml(self.config, header))
+
+    def _write_index(self) -> None:
+        """index.json: the first cell's entry, those of all cells begun where it is a sweep, and where it ran."""
+        if not self.place.main:
+            return
+        entries = [chain.entry() for chain in self.chains if chain.done]
+        first = {k: v for k, v in entries[0].items() if k not in ("seed", "grid", "label")}
+        every = {"cells": entries} if is_sweep(self.config) else {}
+        where = {k: str(v) for k, v in dataclasses.asdict(self.place.hardware).items()}
+        checkpoint.write_json(
+            self.directory / "index.json",
+            {"name": self.config.name, **first, **every, "hardware": where, "versions": versions()}
+            | {"date": f"{datetime.now(UTC):%Y-%m-%d}"},
+        )
+
+
+class Chain:
+    """One cell: carries out the nodes of its graph that are not done, and evaluates each at once."""
+
+    def __init__(self, cell: Cell, graph: Graph, place: Workplace) -> None:
+        self.cell, self.config, self.graph, self.place = cell, cell.config, graph, place
+        self.out, self.stop, self.hardware = place.out, place.stop, place.hardware
+        self.accelerator, self.main, self.echo = place.accelerator, place.main, place.echo
+        self.nodes, self.tokenizer, self.data = graph.nodes, graph.tokenizer, graph.data
+        self.done: dict[str, dict[str, Any]] = {}  # done.json of every node so far
+        self.evals: list[dict[str, Any]] = []
         self._check_processes()
-        self.nodes, self.tokenizer, self.data = self.graph.nodes, self.graph.tokenizer, self.graph.data
-        self._loaded: dict[str, Teacher] = {}
 
     def _check_processes(self) -> None:
         """Every process needs a sequence of each optimizer batch, and of a rollout's batch the same share."""
@@ -172,54 +271,17 @@ class Chain:
 
     # -- running -----------------------------------------------------------------------------------
 
-    def run(self) -> Run:
-        """Carry out every node that is not done, evaluate, report."""
-        from mskd import report
-
-        with self._locked(self.directory):
-            self._write_config()
-            done, evals = {}, []
-            for node in self.nodes.values():
-                self.stop.check()
-                done[node.key] = self._ensure(node)
-                evals += self._evaluate(node)
-                if self.main:
-                    self._write_index(done, evals)
-            summary = {}
-            if self.main:
-                self.echo(f"report: {report.write_report(self.directory)}")
-                summary = report.summary(self.directory)
-        students = {" > ".join(p): self.nodes[">".join(p)].folder for p in self.config.chain.paths}
-        return Run(self.directory, students, summary)
-
-    @contextlib.contextmanager
-    def _locked(self, folder: Path) -> Iterator[None]:
-        with checkpoint.lock(folder) if self.main else contextlib.nullcontext():
-            yield
-
-    def _write_config(self) -> None:
-        path = self.directory / "config.toml"
-        if not self.main:
-            return
-        if path.exists():
-            same = {"run": RunConfig()}
-            try:
-                old = load(path).model_copy(update=same)
-            except ConfigError:
-                old = None
-            if old != self.config.model_copy(update=same):
-                raise ConfigError(
-                    f"{self.directory} holds a run with another configuration; give this one a name of its own "
-                    f"(--set name=...) or another --out; models that both need are shared"
-                )
-        header = (
-            f"mskd {versions()['mskd']}, {self.hardware.name}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n{versions()}"
-        )
-        checkpoint.write_text(path, to_toml(self.config, header))
+    def run(self, progress: Callable[[], None]) -> None:
+        """Carry out every node that is not done, evaluate it; `progress` is called after each."""
+        for node in self.nodes.values():
+            self.stop.check()
+            self.done[node.key] = self._ensure(node)
+            self.evals += self._evaluate(node)
+            progress()
 
     def _ensure(self, node: Node) -> dict[str, Any]:
         """done.json of a node, after making the node if need be."""
-        with self._locked(node.directory):
+        with self.place.locked(node.directory):
             done = self._agree(checkpoint.read_done(node.directory) if self.main else None)
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
@@ -361,18 +423,19 @@ class Chain:
 
     def _teacher(self, node: Node) -> Teacher:
         """The frozen model of a node: at most a path's top and the hop's own teacher are held at a time."""
-        if node.key not in self._loaded:
-            if len(self._loaded) == 2:
-                del self._loaded[max(self._loaded, key=len)]  # the one lower in the chain; the top serves every hop
+        loaded, key = self.place.loaded, (node.key, node.hash)
+        if key not in loaded:
+            if len(loaded) == 2:
+                del loaded[max(loaded, key=lambda k: len(k[0]))]  # the one lower in the chain; the top serves every hop
             c = node.config
-            self._loaded[node.key] = models.load_teacher(
+            loaded[key] = models.load_teacher(
                 node.folder,
                 c.precision,
                 self.hardware,
                 trust_remote_code=c.trust_remote_code,
                 offload=self.config.run.teacher_offload,
             )
-        return self._loaded[node.key]
+        return loaded[key]
 
     def _eval_file(self, folder: Path, teachers: list[Node]) -> Path:
         hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in teachers}
@@ -395,38 +458,33 @@ class Chain:
 
         return validate
 
-    def _write_index(self, done: dict[str, dict[str, Any]], evals: list[dict[str, Any]]) -> None:
-        nodes: dict[str, dict[str, Any]] = {}
-        for key, d in done.items():
-            node = self.nodes[key]
-            nodes[key] = {
-                "kind": node.kind,
-                "name": node.name,
-                "dir": str(node.directory.relative_to(self.out)),
-                "hash": node.hash,
-            }
-            nodes[key] |= {
-                "parameters": d["parameters"],
-                "seconds": d.get("seconds", 0.0),
-                "phases": [p.objective for p in node.phases],
-            }
-            if node.teacher and node.start:
-                nodes[key] |= {"teacher": node.teacher.key, "student": node.start.key}
-        c = self.config.evaluation
-        checkpoint.write_json(
-            self.directory / "index.json",
-            {
-                "name": self.config.name,
-                "paths": [list(p) for p in self.config.chain.paths],
-                "nodes": nodes,
-                "evals": evals,
-                "protocol": c.model_dump() | {"quick": c.protocol != "released"},
-                "data": {"source": self.config.data.source, "train": len(self.data.train), "test": len(self.data.test)},
-                "hardware": {k: str(v) for k, v in dataclasses.asdict(self.hardware).items()},
-                "versions": versions(),
-                "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            },
-        )
+    def entry(self) -> dict[str, Any]:
+        """What the run's index says of this cell: its seed and grid values, paths, nodes done, evaluations."""
+        return {
+            "seed": self.cell.seed,
+            "grid": self.cell.grid,
+            "label": self.cell.label,
+            "paths": [list(p) for p in self.config.chain.paths],
+            "nodes": {key: self._node_entry(self.nodes[key], done) for key, done in self.done.items()},
+            "evals": self.evals,
+            "protocol": self.config.evaluation.model_dump() | {"quick": self.config.evaluation.protocol != "released"},
+            "data": {"source": self.config.data.source, "train": len(self.data.train), "test": len(self.data.test)},
+        }
+
+    def _node_entry(self, node: Node, done: dict[str, Any]) -> dict[str, Any]:
+        entry = {
+            "kind": node.kind,
+            "name": node.name,
+            "dir": str(node.directory.relative_to(self.out)),
+            "hash": node.hash,
+            "parameters": done["parameters"],
+            "seconds": done.get("seconds", 0.0),
+            "tokens": done.get("tokens", 0),
+            "phases": [p.objective for p in node.phases],
+        }
+        if node.teacher and node.start:
+            entry |= {"teacher": node.teacher.key, "student": node.start.key}
+        return entry
 
 
 def make_accelerator(hardware: Hardware) -> Any:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from mskd import checkpoint, models
-from mskd.config import Config, ConfigError, MinillmPhase, ModelConfig, Phase
+from mskd.config import Config, ConfigError, ModelConfig, Phase
 from mskd.data import Splits, load_data, load_text
 from mskd.hardware import Hardware
 from mskd.optim import check_optimizer
+
+Text = tuple[tuple[int, ...], ...]  # blocks of token ids
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,18 @@ class Node:
 class Graph:
     """The nodes of a configuration by key, each after what it needs, with their tokenizer and data.
 
+    before: another graph of the run, whose data this one takes where they are the same.
     Raises ConfigError for what the user can mend.
     """
 
-    def __init__(self, config: Config, out: Path, hardware: Hardware, echo: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        hardware: Hardware,
+        echo: Callable[[str], None] = print,
+        before: Graph | None = None,
+    ) -> None:
         self.config, self.out, self.hardware = config, out, hardware
         used = self._used()
         phases = self._phases(used)
@@ -73,19 +83,26 @@ class Graph:
         for name in used:
             source = config.models[name].source
             if source is not None:
-                if not Path(source).is_dir():
+                if before is None and not Path(source).is_dir():
                     echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.sizes = self._sizes(used)
         self.tokenizer = self._tokenizer()
-        need_responses = not all(isinstance(p, MinillmPhase) for p in phases)
-        self.data: Splits = load_data(config.data, self.tokenizer, seed=config.seed, need_responses=need_responses)
-        text = config.data.text
-        self.text = load_text(text, self.tokenizer, config.data.max_tokens) if text else ()
-        rows = [[e.prompt_ids, e.response_ids] for split in (self.data.train, self.data.validation) for e in split]
-        self.data_hash = checkpoint.digest([len(self.data.validation), rows])  # the test split determines no weights
+        need_responses = any(p.needs_responses for p in phases)
+        self._data_key = (config.data, config.seed if config.data.seed is None else None, need_responses, self.folders)
+        same = before is not None and before._data_key == self._data_key
+        self._read: tuple[Splits, Text, str] = before._read if before and same else self._read_data(need_responses)
+        self.data, self.text, self.data_hash = self._read
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
+
+    def _read_data(self, need_responses: bool) -> tuple[Splits, Text, str]:
+        """Instruction data, plain text, and the hash of what of the data is trained on."""
+        c = self.config
+        data = load_data(c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
+        text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
+        rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
+        return data, text, checkpoint.digest([len(data.validation), rows])  # the test split determines no weights
 
     def origin(self, name: str) -> str:
         """The source model that a model is cut from, in however many cuts; itself where it is a source."""
@@ -184,7 +201,7 @@ class Graph:
         if m.layers is not None:
             own["sample"] = self.data_hash
         if m.prepare:
-            own |= {"phases": [p.model_dump() for p in m.prepare]} | self._common()
+            own |= {"phases": [p.identity() for p in m.prepare]} | self._common()
         value = checkpoint.digest(own)
         directory = self.out / "models" / f"{name}-{value[:12]}"
         plain = start is None and m.layers is None and not m.prepare
@@ -196,7 +213,7 @@ class Graph:
         phases = self.config.hop_phases(teacher.name, name)
         value = checkpoint.digest(
             self._common()
-            | {"phases": [p.model_dump() for p in phases], "student": start.hash, "teacher": teacher.hash}
+            | {"phases": [p.identity() for p in phases], "student": start.hash, "teacher": teacher.hash}
             | {"teacher_precision": teacher.config.precision, "teacher_dtype": str(self.hardware.teacher_dtype)}
         )
         directory = self.out / "hops" / f"{name}-from-{teacher.name}-{value[:12]}"

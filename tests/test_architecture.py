@@ -51,7 +51,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "nodes": (LEAVES | {"data", "models", "optim"}, set()),
     "chain": (
-        LEAVES | {"sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
+        LEAVES
+        | {"sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
         {"torch", "accelerate"},
     ),
     "cli": ({"config", "chain", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
