@@ -48,6 +48,7 @@ def distill(
         str | None, typer.Option(help="Instruction data: hub id, or .json .jsonl .csv .parquet file.")
     ] = None,
     set: Set = [],  # noqa: A002, B006
+    yes: Annotated[bool, typer.Option("--yes", help="Go ahead however many hops there are to train.")] = False,
     out: Out = Path("out"),
 ) -> None:
     """Distil through a chain; the same command again goes on where it was stopped."""
@@ -58,7 +59,7 @@ def distill(
     )
     from mskd.chain import distill as run
 
-    result = run(config, out, echo=say)
+    result = run(config, out, yes=yes, echo=say)
     for path, folder in result.students.items():
         say(f"{path}: {folder}")
     if result.summary:
