@@ -23,7 +23,7 @@ def test_presets_are_sets_of_values_and_each_value_can_be_changed():
     assert (paper.gamma, paper.include_current, paper.whiten, paper.weight_single_step) == (1.0, False, False, True)
     assert (released.gamma, released.include_current, released.whiten) == (0.95, True, True)
     assert released.reward_scaling == 0.5
-    assert (released.kd_ratio, released.reward_clip, released.clip_weighted_ratio) == (0.5, 100.0, False)
+    assert (released.kd_ratio, released.reward_clip, released.clip_weighted_ratio) == (0.5, 100.0, True)
     changed = MinillmPhase.model_validate({"objective": "lmops", "whiten": False})
     assert changed == released.model_copy(update={"whiten": False})
     assert EvalConfig.model_validate({"protocol": "released"}).seeds == (10, 20, 30, 40, 50)

@@ -102,15 +102,10 @@ def oracle_advantages(rewards, preset):
 def oracle_token(lq, lp, y, old, A, w, preset, eps=0.2):
     """Loss of one token, its reverse KL, and whether the clip holds."""
     K = (lq.exp() * (lq - lp)).sum()
-    r = (lq[y] - old).exp()
-    if preset == "minillm":
-        x = w * r
-        policy = torch.maximum(-A * x, -A * x.clamp(1 - eps, 1 + eps))
-        held = bool(-A * x.clamp(1 - eps, 1 + eps) > -A * x)
-        return w * K + policy, K, held
-    policy = torch.maximum(-A * r, -A * r.clamp(1 - eps, 1 + eps))
-    held = bool(-A * r.clamp(1 - eps, 1 + eps) > -A * r)
-    return K + w * policy, K, held
+    x = w * (lq[y] - old).exp()
+    policy = torch.maximum(-A * x, -A * x.clamp(1 - eps, 1 + eps))
+    held = bool(-A * x.clamp(1 - eps, 1 + eps) > -A * x)
+    return (w if preset == "minillm" else 1.0) * K + policy, K, held
 
 
 def oracle_minillm(student, teacher, old_student, sequences, preset, temperature, alpha, logits=None):
