@@ -1,13 +1,17 @@
-"""The stored results of a run: its index, evaluations and metrics on disk, and the figures and checks made from them.
+"""The stored results of a run: its index, evaluations and metrics on disk, and the comparisons made from them.
 
-    stored = Stored(Path("out/runs/demo"))
-    document = summary(Path("out/runs/demo"))       # what the last line of `mskd distill` prints
+    stored = Stored(Path("out/runs/demo"))          # settings(run) where a run is a sweep
+    tests = comparisons(stored)
 
 Only files are read, no model. Of what is not there the figures are None, and `Stored.absent` names it.
+
+A run is one cell, a sweep several: a cell is a seed and a setting, the values of the grid. The cells of one setting are
+read together: an item's value is the mean over them.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -18,61 +22,86 @@ from typing import Any
 from mskd.config import ConfigError
 from mskd.statistics import Lines, holm, item_values, paired_bootstrap, paired_permutation, read_lines, summarize
 
+Files = tuple[str, ...]  # the evaluations of one model, a file for each cell; empty where there is none
+
 ON_POLICY = ("minillm", "lmops")
-COMPARED = ("rouge_l", "reverse_kl")  # what students of two paths are compared by
+COMPARED = ("rouge_l", "perplexity", "reverse_kl")  # what students of two paths are compared by
 LEVEL = 0.05  # of significance, after Holm's correction over a run's comparisons
-# What a student must reach; the summary says for each whether it did.
-PERPLEXITY_GAIN, PERPLEXITY_RISE, ANSWER_KEPT = 5.0, 1.2, 0.75
 
 
 class Stored:
-    """A run's stored files, read once each. `absent` collects what was looked for in vain."""
+    """A run's stored files, read once each. `absent` collects what was looked for in vain.
 
-    def __init__(self, run: Path) -> None:
+    grid: which setting of a sweep, its values of the grid; by default the first one. `cells` are its cells, one for
+    each seed; `nodes` those of the first. Raises ConfigError where `run` is no run or its index is damaged.
+    """
+
+    def __init__(self, run: Path, grid: Mapping[str, Any] | None = None) -> None:
         self.directory, self.out = Path(run), Path(run).resolve().parent.parent
-        try:
-            self.index = json.loads((self.directory / "index.json").read_text(encoding="utf-8"))
-            self.name, self.nodes = self.index["name"], self.index["nodes"]
-            self.paths = [">".join(path) for path in self.index["paths"]]
-        except OSError:
-            raise ConfigError(f"{run} is no run: it has no index.json; give a folder like OUT/runs/NAME") from None
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"{run} is damaged: index.json cannot be read; run the same mskd distill again") from None
+        self.index = _read_index(self.directory)
+        cells = self.index.get("cells") or [{"nodes": self.index["nodes"], "evals": self.index.get("evals", [])}]
+        self.grid = dict(cells[0].get("grid") or {}) if grid is None else dict(grid)
+        self.cells = [cell for cell in cells if dict(cell.get("grid") or {}) == self.grid]
+        self.name, self.nodes = self.index["name"], self.cells[0]["nodes"]
+        self.seeds = [cell["seed"] for cell in self.cells if "seed" in cell]
+        self.paths = list(dict.fromkeys(">".join(path) for path in self.index["paths"]))
         self.absent: list[str] = []
         self._lines: dict[str, Lines | None] = {}
-        self._figures: dict[str, dict[str, Any]] = {}
+        self._figures: dict[Files, dict[str, Any]] = {}
+
+    def each(self) -> list[Stored]:
+        """The cells one by one."""
+        views = [copy.copy(self) for _ in self.cells]
+        for view, cell in zip(views, self.cells, strict=True):
+            view.cells, view.nodes = [cell], cell["nodes"]
+        return views
 
     def models(self) -> list[str]:
         """Every model of the table by key, each after the models above it."""
         prefixes = [">".join(path.split(">")[:n]) for path in self.paths for n in range(1, len(path.split(">")) + 1)]
         return list(dict.fromkeys(prefixes))
 
-    def stages(self, hop: str) -> list[tuple[str, str | None]]:
-        """(stage, evaluation file or None) of a hop in order: initial, after each phase, final."""
-        node = self.nodes.get(hop, {})
-        names = ["initial", *[f"after {p}" for p in node.get("phases", [])[:-1]], "final"]
-        own = [e for e in self.index.get("evals", []) if e["node"] == hop]
-        start = [e for e in self.index.get("evals", []) if e["node"] == node.get("student")]
-        found = []
-        for name in names:
-            # The start of a hop is a model of its own, evaluated once for all hops that begin with it.
-            entries = [e for e in own if e["stage"] == name] or (start[-1:] if name == "initial" else [])
-            if entries and entries[0] in own:
-                own.remove(entries[0])
-            found.append((name, entries[0]["file"] if entries else None))
-        return found
+    def hops(self) -> list[str]:
+        return [key for key in self.models() if ">" in key]
 
-    def final(self, key: str) -> str | None:
-        """The evaluation file of a finished model."""
+    def start(self, path: str) -> str:
+        """What the last model of a path begins from: paths that share it and the top teacher may be compared."""
+        name = self.nodes.get(path, {}).get("student", path.split(">")[-1])
+        return self.nodes.get(name, {}).get("hash", name)
+
+    def rivals(self, path: str) -> list[str]:
+        """The paths, itself among them, whose students began as the same model under the same top teacher."""
+        own = (path.split(">")[0], self.start(path))
+        return [p for p in self.paths if (p.split(">")[0], self.start(p)) == own]
+
+    def direct(self, path: str) -> str | None:
+        """The direct hop that a path is judged against: to the model of its name, else its first direct rival."""
+        found = [p for p in self.rivals(path) if p.count(">") == 1]
+        return next((p for p in found if p.split(">")[-1] == path.split(">")[-1]), found[0] if found else None)
+
+    def stages(self, hop: str) -> list[tuple[str, Files]]:
+        """(stage, evaluation files) of a hop in order: initial, after each phase, final."""
+        names = ["initial", *[f"after {p}" for p in self.nodes.get(hop, {}).get("phases", [])[:-1]], "final"]
+        found = [_stage_files(cell, hop, names) for cell in self.cells]
+        return [
+            (name, tuple(f for f in files if f)) for name, files in zip(names, zip(*found, strict=True), strict=True)
+        ]
+
+    def final(self, key: str) -> Files:
+        """The evaluation files of a finished model."""
         if self.nodes.get(key, {}).get("kind") == "hop" or ">" in key:
             return self.stages(key)[-1][1]
-        entries = [e for e in self.index.get("evals", []) if e["node"] == key]
-        return entries[-1]["file"] if entries else None
+        entries = [[e["file"] for e in cell.get("evals", []) if e["node"] == key] for cell in self.cells]
+        return tuple(files[-1] for files in entries if files)
 
-    def lines(self, file: str | None, what: str) -> Lines | None:
-        if file is None:
+    def lines(self, files: Files, what: str) -> Lines | None:
+        """The lines of all files together; None where none of them can be read."""
+        if not files:
             self.miss(f"the evaluation of {what}")
-            return None
+        found = [self._read(file, what) for file in dict.fromkeys(files)]
+        return [line for lines in found for line in lines or []] or None
+
+    def _read(self, file: str, what: str) -> Lines | None:
         if file not in self._lines:
             try:
                 self._lines[file] = read_lines(self.out / file)
@@ -82,14 +111,16 @@ class Stored:
                 self._lines[file] = None
         return self._lines[file]
 
-    def figures(self, file: str | None, what: str) -> dict[str, Any]:
-        """`summarize` of a file, {} where it is absent."""
-        lines = self.lines(file, what)
-        if lines is None or file is None:
+    def figures(self, files: Files, what: str) -> dict[str, Any]:
+        """`summarize` of the files, {} where they are absent."""
+        lines = self.lines(files, what)
+        if lines is None:
             return {}
-        if file not in self._figures:
-            self._figures[file] = summarize(lines)
-        return self._figures[file]
+        if files not in self._figures:
+            self._figures[files] = summarize(lines)
+            if self._figures[files]["rouge_l"] is None:
+                self.miss("references of the test items, which ROUGE-L, perplexity and agreement need")
+        return self._figures[files]
 
     def teacher_of(self, hop: str, figures: Mapping[str, Any]) -> str | None:
         """Under which name the evaluation holds the teacher of a hop: its model's name, or the key of its node."""
@@ -98,7 +129,7 @@ class Stored:
         return next((n for n in names if n in figures.get("reverse_kl", {})), None)
 
     def metrics(self, hop: str) -> list[dict[str, Any]]:
-        """The lines of a hop's metrics.jsonl; what a kill tore is left out."""
+        """The lines of a hop's metrics.jsonl (the first cell's); what a kill tore is left out."""
         path = self.out / self.nodes.get(hop, {}).get("dir", hop) / "metrics.jsonl"
         lines = []
         try:
@@ -107,22 +138,76 @@ class Stored:
                     line = json.loads(text)
                 except ValueError:
                     continue
-                if isinstance(line, dict) and "step" in line:
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)
         except OSError:
             self.miss(f"the metrics of {shown(hop)}")
         return lines
 
     def seconds(self, path: str) -> float | None:
-        """Training time of a path: the sum over its hops and the preparation of its models."""
-        names = path.split(">")
-        keys = [*names, *[">".join(names[:n]) for n in range(2, len(names) + 1)]]
-        times = [self.nodes[k].get("seconds") for k in keys if k in self.nodes]
-        return sum(t or 0.0 for t in times) if path in self.nodes else None
+        """Training time of a path, the sum over its hops and the preparation of its models; the mean over the cells."""
+        times = [
+            [n.get("seconds") or 0.0 for n in nodes_of(cell, path)] for cell in self.cells if path in cell["nodes"]
+        ]
+        return sum(map(math.fsum, times)) / len(times) if times else None
+
+    def done(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """done.json of a node, {} where it is absent."""
+        try:
+            done = json.loads((self.out / node.get("dir", "") / "done.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.miss(f"done.json of {node.get('dir')}, which holds its tokens")
+            return {}
+        return done if isinstance(done, dict) else {}
 
     def miss(self, what: str) -> None:
         if what not in self.absent:
             self.absent.append(what)
+
+
+def settings(run: Path) -> list[Stored]:
+    """The settings of a sweep in its order; a single one for a run without a grid."""
+    first = Stored(run)
+    grids = [dict(cell.get("grid") or {}) for cell in first.index.get("cells") or []]
+    return [first, *(Stored(run, g) for n, g in enumerate(grids) if g != first.grid and g not in grids[:n])]
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    """index.json, if it is one."""
+    try:
+        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+        index["name"], [">".join(path) for path in index["paths"]]
+        for cell in (index, *index.get("cells", [])):
+            [node.get("dir") for node in cell["nodes"].values()]
+            [(e["node"], e["stage"], e["file"]) for e in cell.get("evals", [])]
+        return index
+    except OSError:
+        raise ConfigError(f"{directory} is no run: it has no index.json; give a folder like OUT/runs/NAME") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(
+            f"{directory} is damaged: index.json cannot be read; run the same mskd distill again"
+        ) from None
+
+
+def _stage_files(cell: Mapping[str, Any], hop: str, names: list[str]) -> list[str | None]:
+    """The evaluation file of each stage of a hop in one cell."""
+    own = [e for e in cell.get("evals", []) if e["node"] == hop]
+    start = [e for e in cell.get("evals", []) if e["node"] == cell["nodes"].get(hop, {}).get("student")]
+    files = []
+    for name in names:
+        # The start of a hop is a model of its own, evaluated once for all hops that begin with it.
+        entries = [e for e in own if e["stage"] == name] or (start[-1:] if name == "initial" else [])
+        if entries and entries[0] in own:
+            own.remove(entries[0])
+        files.append(entries[0]["file"] if entries else None)
+    return files
+
+
+def nodes_of(cell: Mapping[str, Any], path: str) -> list[Mapping[str, Any]]:
+    """The nodes that a path needs in one cell: its models and its hops."""
+    names = path.split(">")
+    keys = [*names, *[">".join(names[:n]) for n in range(2, len(names) + 1)]]
+    return [cell["nodes"][k] for k in keys if k in cell["nodes"]]
 
 
 def shown(key: str) -> str:
@@ -130,7 +215,7 @@ def shown(key: str) -> str:
     return " > ".join(key.split(">"))
 
 
-# -- figures of one hop, and the checks -----------------------------------------------------------
+# -- what a hop changed, and paths compared -----------------------------------------------------------
 
 
 def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
@@ -158,32 +243,39 @@ def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
     }
 
 
-def paired(stored: Stored, a: str | None, b: str | None, teacher: str | None, field: str = "reverse_kl") -> Any:
-    """Paired bootstrap of a - b between two evaluation files on one field, or None where a side has no value."""
+def paired(stored: Stored, a: Files, b: Files, teacher: str | None, field: str = "reverse_kl") -> Any:
+    """Paired bootstrap of a - b between two evaluations on one field, or None where a side has no value."""
     sides = _sides(stored, a, b, teacher, field)
     return paired_bootstrap(*sides) if sides else None
 
 
-def _sides(stored: Stored, a: str | None, b: str | None, teacher: str | None, field: str) -> Any:
-    """The values by item of two evaluation files; None unless both have them for the same items."""
-    if a is None or b is None or (field == "reverse_kl" and teacher is None):
+def _sides(stored: Stored, a: Files, b: Files, teacher: str | None, field: str) -> Any:
+    """The values by item of two evaluations; None unless both have them for the same items."""
+    if not a or not b or (field == "reverse_kl" and teacher is None):
         return None
-    sides = [item_values(stored.lines(file, file) or [], field, teacher) for file in (a, b)]
+    sides = [_item_values(stored.lines(files, files[0]) or [], field, teacher) for files in (a, b)]
     return sides if sides[0] and sides[0].keys() == sides[1].keys() else None
 
 
-def comparisons(stored: Stored) -> list[dict[str, Any]]:
-    """Every two paths with the same teacher and student, compared item by item on every field of COMPARED.
+def _item_values(lines: Lines, field: str, teacher: str | None) -> dict[int, float]:
+    """`item_values`; for perplexity an item's share in its logarithm, so that the mean is that of the whole set."""
+    if field != "perplexity":
+        return item_values(lines, field, teacher)
+    nll, tokens = item_values(lines, "nll"), item_values(lines, "tokens")
+    scale = len(nll) / math.fsum(tokens[i] for i in nll) if nll else 0.0
+    return {item: value * scale for item, value in nll.items()}
 
-    For each: a, b (paths), field, paired_bootstrap's keys for a - b, p (paired permutation test) and p_holm (corrected
-    over all comparisons of the run).
+
+def comparisons(stored: Stored) -> list[dict[str, Any]]:
+    """Every two paths whose students may be compared (`Stored.rivals`), item by item on every field of COMPARED.
+
+    For each: a, b (paths), field, paired_bootstrap's keys for a - b (of perplexity its logarithm's), p (paired
+    permutation test) and p_holm (corrected over all comparisons of the setting).
     """
     found = []
-    paths = list(dict.fromkeys(stored.paths))
-    ends = {path: (path.split(">")[0], path.split(">")[-1]) for path in paths}
-    for a, b in itertools.combinations(paths, 2):
-        for field in COMPARED if ends[a] == ends[b] else ():
-            teacher = ends[a][0] if field == "reverse_kl" else None
+    for a, b in itertools.combinations(stored.paths, 2):
+        for field in COMPARED if b in stored.rivals(a) else ():
+            teacher = a.split(">")[0] if field == "reverse_kl" else None
             sides = _sides(stored, stored.final(a), stored.final(b), teacher, field)
             if sides and len(sides[0]) > 1:
                 found.append({"a": a, "b": b, "field": field, **paired_bootstrap(*sides)})
@@ -193,95 +285,9 @@ def comparisons(stored: Stored) -> list[dict[str, Any]]:
     return found
 
 
-def summary(run: Path) -> dict[str, Any]:
-    """The figures and checks of every path as one JSON document; None (null) where a file is absent.
-
-    For each path: parameters, seconds (training time of the whole path), rouge_l and agreement with the top teacher,
-    each with its interval; perplexity and answer_tokens of the last hop initially, before its on-policy phase and at
-    its end; reverse_kl (on own samples, against the hop's teacher) and reverse_kl_top (against the top teacher) before
-    and after the on-policy phase; and the checks. Raises ConfigError where `run` is no run.
-    """
-    stored = Stored(run)
-    paths = {path: _path_summary(stored, path) for path in stored.paths}
-    checks = [check for path in paths.values() for check in path["checks"].values()]
-    document = {
-        "run": stored.name,
-        "protocol": stored.index.get("protocol"),
-        "paths": paths,
-        "all_checks_passed": None if None in checks else all(checks),
-        "absent": stored.absent,
-    }
-    return _finite(document)
-
-
-def _path_summary(stored: Stored, path: str) -> dict[str, Any]:
-    stages = stored.stages(path)
-    initial = stored.figures(stages[0][1], f"{shown(path)} {stages[0][0]}")
-    final = stored.figures(stages[-1][1], f"{shown(path)} {stages[-1][0]}")
-    change = on_policy(stored, path) or {}
-    before, after = change.get("before", {}), change.get("after", {})
-    perplexity = {name: mean(f, "perplexity") for name, f in _stages(initial, before, final)}
-    perplexity["initial_over_final"] = _ratio(perplexity["initial"], perplexity["final"])
-    perplexity["final_over_before"] = _ratio(perplexity["final"], perplexity["before_on_policy"])
-    answers = {name: mean(f, "answer_tokens") for name, f in _stages(initial, before, final)}
-    answers["final_over_before"] = _ratio(answers["final"], answers["before_on_policy"])
-    divergence = _change(change, "reverse_kl", before, after, change.get("teacher"))
-    return {
-        "parameters": stored.nodes.get(path, {}).get("parameters"),
-        "seconds": stored.seconds(path),
-        "items": final.get("items"),
-        "perplexity": perplexity,
-        "reverse_kl": divergence,
-        "reverse_kl_top": _change(change, "reverse_kl_top", before, after, path.split(">")[0]),
-        "answer_tokens": answers,
-        "rouge_l": final.get("rouge_l"),
-        "agreement": final.get("agreement", {}).get(path.split(">")[0]),
-        "checks": {
-            "perplexity_5x_below_untrained": _at_least(perplexity["initial_over_final"], PERPLEXITY_GAIN),
-            "reverse_kl_lower": None if divergence["high"] is None else divergence["high"] < 0,
-            "perplexity_rise_at_most_20_percent": _at_most(perplexity["final_over_before"], PERPLEXITY_RISE),
-            "answer_length_drop_at_most_25_percent": _at_least(answers["final_over_before"], ANSWER_KEPT),
-        },
-    }
-
-
-def _stages(*figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return list(zip(("initial", "before_on_policy", "final"), figures, strict=True))
-
-
-def _change(
-    change: Mapping[str, Any], name: str, before: dict[str, Any], after: dict[str, Any], teacher: str | None
-) -> dict[str, Any]:
-    test = change.get(name) or {}
-    means = {"before": mean(before, "reverse_kl", teacher), "after": mean(after, "reverse_kl", teacher)}
-    interval = {"difference": test.get("mean"), "low": test.get("low"), "high": test.get("high")}
-    return {"teacher": teacher, **means, **interval, "share_below_zero": test.get("below_zero")}
-
-
 def mean(figures: Mapping[str, Any], field: str, teacher: str | None = None) -> float | None:
     """The mean of one figure of `summarize`, or None."""
     value = figures.get(field)
     if field in ("reverse_kl", "agreement"):
         value = (value or {}).get(teacher)
     return value["mean"] if value else None
-
-
-def _ratio(a: float | None, b: float | None) -> float | None:
-    return None if a is None or not b else a / b
-
-
-def _at_least(value: float | None, limit: float) -> bool | None:
-    return None if value is None else value >= limit
-
-
-def _at_most(value: float | None, limit: float) -> bool | None:
-    return None if value is None else value <= limit
-
-
-def _finite(value: Any) -> Any:
-    """The same tree with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -43,7 +43,20 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "tracking": (LEAVES, {"accelerate", "rich"}),
     "results": (LEAVES | {"statistics"}, set()),
-    "report": (LEAVES | {"results", "statistics"}, {"matplotlib"}),
+    "summary": ({"results"}, set()),
+    "document": (set(), set()),
+    "page": ({"document"}, set()),
+    "tables": ({"document", "results"}, set()),
+    "cost": ({"document", "results", "tables"}, set()),
+    "graph": ({"results", "tables"}, set()),
+    "figures": ({"cost", "document", "graph", "results", "tables"}, {"matplotlib"}),
+    "trends": ({"document", "results", "statistics", "tables"}, set()),
+    "record": ({"document", "results"}, set()),
+    "report": (
+        LEAVES
+        | {"cost", "document", "figures", "page", "record", "results", "statistics", "summary", "tables", "trends"},
+        set(),
+    ),
     "batches": (LEAVES | {"data", "models", "packing", "rollout", "objective", "hop"}, {"torch", "accelerate"}),
     "hop": (
         LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},

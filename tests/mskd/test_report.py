@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mskd.config import ConfigError
-from mskd.report import _fenced, _markdown, _text, write_report
-from mskd.results import Stored, comparisons, summary
+from mskd.document import Table, escaped, fenced, table
+from mskd.report import summary, write_report
+from mskd.results import Stored, comparisons
 from mskd.statistics import holm, item_values, paired_bootstrap, paired_permutation, read_lines, summarize
 
 CHAIN, DIRECT, TA = "teacher>ta>student", "teacher>student", "teacher>ta"
@@ -115,6 +116,8 @@ def run(tmp_path) -> Path:
         if node["kind"] == "hop":
             node["phases"] = ["kd", "minillm"]
             metrics(out / node["dir"], 1.0 + 0.2 * len(key) / 18)
+            done = {"tokens": 1000 * len(key), "seconds": node["seconds"], "hardware": "Some CPU", "processes": 2}
+            (out / node["dir"] / "done.json").write_text(json.dumps(done))
     index = {
         "name": "demo",
         "paths": [["teacher", "ta", "student"], ["teacher", "student"]],
@@ -147,11 +150,16 @@ def change_index(run, change):
     (run / "index.json").write_text(json.dumps(index))
 
 
-def rows(report, title):
-    """The cells of the first table after a heading, by the first cell."""
+def rows(report, title, names=1):
+    """The cells of the first table after a heading, by the first cell; by the first `names` of them, a path."""
     table = report.split(title)[1].split("\n\n|")[1].split("\n\n")[0]
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in table.splitlines()]
-    return {row[0]: row[1:] for row in cells}
+    return {" > ".join(c for c in row[:names] if c != "–"): row[names:] for row in cells}
+
+
+def results(report):
+    """The rows of the table of models: ROUGE-L is the second cell of each."""
+    return rows(report, "## Result", names=3)
 
 
 # -- summary --------------------------------------------------------------------------------------
@@ -229,19 +237,19 @@ def test_a_hop_of_other_phases_is_read_by_its_stages(run):
 
 def test_the_table_shows_chain_and_direct_and_the_winner_in_bold(run):
     report = write_report(run).read_text(encoding="utf-8")
-    table = rows(report, "## Result")
-    head = table.pop("Path")
+    table = results(report)
+    head = table.pop("Teacher > Assistants > Student")
     assert head == [
         "Parameters", "ROUGE-L", "Perplexity", "Agreement, %", "Reverse KL", "Answer, tokens", "Training time",
     ]  # fmt: skip
-    del table["---"]
-    assert list(table) == ["`teacher`", "`teacher > ta`", "`teacher > ta > student`", "`teacher > student`"]
-    chain, direct = table["`teacher > ta > student`"], table["`teacher > student`"]
+    del table["--- > --- > ---"]
+    assert list(table) == ["`teacher`", "`teacher` > `ta`", "`teacher` > `ta` > `student`", "`teacher` > `student`"]
+    chain, direct = table["`teacher` > `ta` > `student`"], table["`teacher` > `student`"]
     final = summarize(file_of(run, DIRECT, "final"))["rouge_l"]
     assert direct[1] == f"**{final['mean']:.1f}** [{final['low']:.1f}, {final['high']:.1f}]"
     assert [c.startswith("**") for c in chain] == [False, False, True, True, True, False, False]
     assert [c.startswith("**") for c in direct] == [False, True, False, False, False, False, False]
-    assert not any("**" in c for c in table["`teacher`"] + table["`teacher > ta`"])  # only students compete
+    assert not any("**" in c for c in table["`teacher`"] + table["`teacher` > `ta`"])  # only students compete
     assert (chain[0], chain[-1], direct[-1], table["`teacher`"][-1]) == ("84.9 M", "11.0 min", "5.5 min", "–")
     cells = re.search(r"\| (`teacher > ta > student` - `teacher > student` \| Reverse KL .*) \|", report)[1].split(
         " | "
@@ -258,7 +266,11 @@ def test_paths_are_compared_by_permutation_and_corrected_together(run):
         for field, t in (("reverse_kl", "teacher"), ("rouge_l", None))
     )
     tests = {test["field"]: test for test in comparisons(Stored(run))}
-    assert {f: t["p"] for f, t in tests.items()} == {"reverse_kl": kl, "rouge_l": rouge}
+    assert {f: tests[f]["p"] for f in ("reverse_kl", "rouge_l")} == {"reverse_kl": kl, "rouge_l": rouge}
+    chain, direct = (summarize(file_of(run, path, "final"))["perplexity"]["mean"] for path in (CHAIN, DIRECT))
+    assert list(tests) == ["rouge_l", "perplexity", "reverse_kl"]
+    assert tests["perplexity"]["mean"] == pytest.approx(np.log(chain / direct))  # -0.05 on each of the 12 items:
+    assert tests["perplexity"]["p"] == 2 / 2**12
     assert [t["p_holm"] for t in tests.values()] == holm([t["p"] for t in tests.values()])
     assert all((t["a"], t["b"]) == (CHAIN, DIRECT) for t in tests.values())
 
@@ -267,13 +279,11 @@ def test_equal_students_are_both_bold_and_a_lone_one_is_not(run):
     for stage in ("after kd", "final"):
         file_of(run, DIRECT, stage).write_bytes(file_of(run, CHAIN, stage).read_bytes())
     report = write_report(run).read_text(encoding="utf-8")
-    table = rows(report, "## Result")
-    assert all(table[p][1].startswith("**") for p in ("`teacher > ta > student`", "`teacher > student`"))
+    table = results(report)
+    assert all(table[p][1].startswith("**") for p in ("`teacher` > `ta` > `student`", "`teacher` > `student`"))
     assert "no difference is shown" in report
     change_index(run, lambda index: index["paths"].pop())
-    assert "**" not in "".join(
-        rows(write_report(run).read_text(encoding="utf-8"), "## Result")["`teacher > ta > student`"]
-    )
+    assert "**" not in "".join(results(write_report(run).read_text(encoding="utf-8"))["`teacher` > `ta` > `student`"])
 
 
 def test_every_hop_has_its_stages(run):
@@ -322,15 +332,15 @@ def test_three_prompts_are_answered_by_every_model(run):
     assert NASTY.rstrip("\x07") in answers and "\x07" not in answers
 
 
-def test_fences_and_cells_hold_any_text():
+def test_fences_and_cells_hold_anyescaped():
     for text in (NASTY, "````", "no ticks", "`" * 9 + "\nx"):
-        lines = _fenced(text).split("\n")
+        lines = fenced(text).split("\n")
         fence = lines[-1]
         assert set(fence) == {"`"} and len(fence) >= 3 and lines[0] == fence + "text"
         assert not any(line.strip().startswith(fence) for line in lines[1:-1])
-    assert "(empty)" in _fenced("")
-    assert _markdown([["a", "b"], ["x|y", "p\nq"]]) == "| a | b |\n|---|---:|\n| x\\|y | p q |"
-    assert _text("a_b *c* [d](e)\n`f`|<g>") == r"a\_b \*c\* \[d\](e) \`f\`\|\<g\>"
+    assert "(empty)" in fenced("")
+    assert table(Table(["a", "b"], [["x|y", "p\nq"]])) == "| a | b |\n|---|---:|\n| x\\|y | p q |"
+    assert escaped("a_b *c* [d](e)\n`f`|<g>") == r"a\_b \*c\* \[d\](e) \`f\`\|\<g\>"
 
 
 # -- what is absent -------------------------------------------------------------------------------
@@ -353,7 +363,7 @@ def test_a_report_without_anything_but_the_index_says_what_is_absent(run):
         assert what in absent
     assert "No metrics are stored." in report and "No evaluation is stored." in report
     assert not (run / "loss.png").exists() and not (run / "reverse_kl.png").exists()
-    assert set(rows(report, "## Result")["`teacher > student`"][1:6]) == {"–"}
+    assert set(results(report)["`teacher` > `student`"][1:6]) == {"–"}
     document = summary(run)
     assert document["all_checks_passed"] is None
     assert set(document["paths"][CHAIN]["checks"].values()) == {None}
@@ -366,8 +376,8 @@ def test_a_run_that_has_not_ended_has_a_report(run):
 
     change_index(run, change)
     report = write_report(run).read_text(encoding="utf-8")
-    assert rows(report, "## Result")["`teacher > ta`"][1] != "–"
-    assert rows(report, "## Result")["`teacher > student`"][-1] == "–"
+    assert results(report)["`teacher` > `ta`"][1] != "–"
+    assert results(report)["`teacher` > `student`"][-1] == "–"
     assert "the evaluation of teacher \\> student" in report.split("## Absent")[1]
     assert summary(run)["paths"][CHAIN]["seconds"] is None
 
