@@ -170,7 +170,8 @@ def head_gradient(heads: Heads, stats: Tensor, upstream: Coefficients, wanted: t
                 coefficients = Coefficients(*(None if g is None else g[part] for g in upstream))
                 _rows.gradient(heads.op, s, t, tokens, stats[part], coefficients, heads.place(group, part, s))
             sums.add(group)
-        return Gradients(*(times(g, scale, x) for g, x in zip(sums.result(), heads.given, strict=True)))
+        made = zip(sums.result(), heads.given, strict=True)
+        return Gradients(*(None if g is None or x is None else times(g, scale, x.dtype) for g, x in made))
 
 
 def head_loss(
@@ -259,13 +260,13 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor, scale: float, first: bool) -
             out[rows].add_(torch.mm(a[rows], b, out_dtype=wide), alpha=scale)
 
 
-def times(x: Tensor | None, scale: Tensor | None, like: Tensor | None, copy: bool = False) -> Tensor | None:
-    """x * scale, rounded once to the dtype of `like`; without `copy` x itself where that is no change."""
-    if x is None or like is None:
-        return None
+def times(x: Tensor, scale: Tensor | None, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """x * scale, rounded once to dtype; without `copy` in the memory of x where that can be."""
     if scale is None or (_on_host(scale) and float(scale) == 1.0):
-        return x.to(like.dtype, copy=copy)
-    return (x * scale).to(like.dtype)
+        return x.to(dtype, copy=copy)
+    if not copy and x.dtype == dtype and type(x) is Tensor:  # a tracer's is no memory
+        return x.mul_(scale)
+    return (x * scale).to(dtype)
 
 
 def _on_host(x: Tensor) -> bool:

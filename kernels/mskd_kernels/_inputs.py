@@ -129,6 +129,30 @@ def flat_tokens(
     return tokens
 
 
+def made_in_forward(gradient: str | None, reduction: str) -> bool:
+    """Whether the gradient is made with the loss. ValueError where that was asked for and cannot be."""
+    if gradient not in (None, "forward", "recompute"):
+        raise ValueError(f"gradient={gradient!r} is not known; allowed: forward, recompute, None")
+    if gradient == "forward" and reduction == "none":
+        raise ValueError('gradient="forward" needs a scalar result: reduction="sum" or "mean", or gradient="recompute"')
+    return gradient != "recompute" and reduction != "none"
+
+
+def logits_in_forward(gradient: str | None, reduction: str, student: Tensor) -> bool:
+    """`made_in_forward` where the logits are given: never without a graph, and for float16 only if asked for.
+
+    The factor that backward brings (a loss scale) is not known yet, and float16 would lose most of a gradient over N.
+    """
+    allowed = made_in_forward(gradient, reduction) and (gradient == "forward" or student.dtype != torch.float16)
+    return allowed and student.requires_grad and torch.is_grad_enabled()
+
+
+def divisor(mask: Tensor | None, tokens: int, denominator: float | Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`count` as a tensor of no dimensions; on the CPU unless it was counted or given on a GPU."""
+    number = count(mask, tokens, denominator, torch.empty(0, dtype=dtype))
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=dtype)
+
+
 def count(mask: Tensor | None, tokens: int, denominator: float | Tensor | None, like: Tensor) -> float | Tensor:
     """What a mean is divided by: `denominator`, or the valid tokens (1 where there is none)."""
     if denominator is None:

@@ -1,6 +1,7 @@
 """The ops of torch.library (namespace `mskd`): what autograd, torch.compile and export see of this package.
 
     row_statistics, row_gradient     logits given: statistics forward, the gradient in backward
+    row_loss                         logits given: a scalar, its gradient made in forward, scaled in backward
     head_statistics, head_gradient   from hidden states: the logits are made again in backward
     head_loss                        from hidden states: a scalar, its gradient made in forward, scaled in backward
 
@@ -111,14 +112,15 @@ _OBJECTIVE = (
     "float value, float nll, Tensor? old_logprobs, Tensor? advantages, Tensor? importance_weights, float clip, "
     "bool weight_single_step, bool clip_weighted_ratio"
 )
+_DIVISOR = "Tensor? divisor"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+_NO_POLICY = (None, None, None, 0.0, False, False)
 _STATISTICS = "(Tensor value, Tensor logprob, Tensor teacher_logprob, Tensor entropy, Tensor statistics)"
 
 
 class _Loss(NamedTuple):
-    """The arguments of `head_loss` after batch and settings."""
+    """An Objective and its divisor, in the terms of a schema."""
 
-    chunk_bytes: int
     value: float
     nll: float
     old_logprobs: Tensor | None
@@ -128,16 +130,15 @@ class _Loss(NamedTuple):
     weight_single_step: bool
     clip_weighted_ratio: bool
     divisor: Tensor | None
-    want_hidden: bool
-    want_weight: bool
-    want_bias: bool
+
+    @classmethod
+    def of(cls, objective: Objective, divisor: Tensor | None) -> "_Loss":
+        policy = _NO_POLICY if objective.policy is None else objective.policy
+        return cls._make((*objective[:2], *policy, divisor))
 
     def objective(self) -> Objective:
-        constants: Any = self[3:9]
+        constants: Any = self[2:8]
         return Objective(self.value, self.nll, None if self.old_logprobs is None else _rows.Policy(*constants))
-
-    def wanted(self) -> tuple[bool, ...]:
-        return self.want_hidden, self.want_weight, self.want_bias
 
 
 def _split(args: Any, tensors: Any) -> Any:
@@ -176,7 +177,7 @@ def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, ...]:
 def row_gradient(*args: Any) -> Tensor:
     rows, settings, (stats, *upstream) = _split(args, Rows)
     s, t = rows.common()
-    grad = torch.empty_like(rows.student, memory_format=torch.contiguous_format)
+    grad = _empty_gradient(rows.student, rows.student.dtype)
     grad[:, s.shape[1] :] = 0
     _rows.gradient(settings.op(), s, t, rows.tokens, stats, Coefficients(*upstream), grad[:, : s.shape[1]], rows.mask)
     return grad
@@ -184,7 +185,11 @@ def row_gradient(*args: Any) -> Tensor:
 
 @row_gradient.register_fake
 def _(student: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(student, memory_format=torch.contiguous_format)
+    return _empty_gradient(student, student.dtype)
+
+
+def _empty_gradient(student: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _row_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -194,6 +199,70 @@ def _row_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ..
     if any(c is not None for c in coefficients):
         grad = row_gradient(*saved[:4], *ctx.rest, saved[4], *coefficients)
     return grad, *(None,) * (3 + len(ctx.rest))
+
+
+# Logits given, the gradient made in forward ---------------------------------------------------------------------------
+
+
+def logits_loss(
+    rows: Rows, settings: Settings, objective: Objective, divisor: Tensor | None
+) -> tuple[Tensor, Fields, Tensor]:
+    """(sum of the objective over valid tokens / divisor, detached fields, clip flags bool [N])."""
+    loss, stats, clipped, _ = row_loss(*rows, *settings, *_Loss.of(objective, divisor))
+    return loss, Fields(*stats[:, :4].unbind(1)), clipped
+
+
+@_op(
+    "row_loss",
+    f"({_ROWS}, {_SETTINGS}, {_OBJECTIVE}, {_DIVISOR}) -> "
+    "(Tensor loss, Tensor statistics, Tensor clipped, Tensor of_student)",
+)
+def row_loss(*args: Any) -> tuple[Tensor, ...]:
+    rows, settings, rest = _split(args, Rows)
+    given = _Loss(*rest)
+    s, t = rows.common()
+    grad = _empty_gradient(rows.student, _stored(rows.student.dtype))
+    grad[:, s.shape[1] :] = 0
+    objective = given.objective()._replace(divisor=given.divisor)
+    stats, losses, clipped = _rows.fused(settings.op(), s, t, rows.tokens, objective, grad[:, : s.shape[1]], rows.mask)
+    total = losses.sum()
+    return total if given.divisor is None else total / given.divisor, stats, clipped, grad
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient whose last factor is not known yet: float16 has too few exponents to be scaled later."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+@row_loss.register_fake
+def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    stats = _fake_statistics(student, accumulate_dtype(student, teacher))[4]
+    clipped = stats.new_empty(stats.shape[0], dtype=torch.bool)
+    return stats.new_empty(()), stats, clipped, _empty_gradient(student, _stored(student.dtype))
+
+
+def _row_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    rows, settings, _ = _split(inputs, Rows)
+    ctx.dtype, ctx.backend = rows.student.dtype, settings.backend
+    ctx.save_for_backward(output[3])
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _row_loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    _rows.refuse_second_derivative()
+    (grad,) = ctx.saved_tensors
+    made = None if upstream is None else _scaled(grad, upstream, ctx.dtype, ctx.backend)
+    return made, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    keep = _graph_is_kept()
+    if backend == "triton" and grad.dtype == dtype and type(grad) is Tensor:  # a tracer's is no memory
+        from mskd_kernels import _triton_rows  # where it is used: triton may be missing
+
+        return _triton_rows.scale(grad.clone() if keep else grad, factor)
+    return times(grad, factor, dtype, keep)
 
 
 # From hidden states, logits made again --------------------------------------------------------------------------------
@@ -250,36 +319,35 @@ def hidden_loss(
     batch: Batch, settings: Settings, chunk_bytes: int, objective: Objective, divisor: Tensor | None
 ) -> tuple[Tensor, Fields, Tensor]:
     """(sum of the objective over valid tokens / divisor, detached fields, clip flags bool [N])."""
-    policy = (None, None, None, 0.0, False, False) if objective.policy is None else objective.policy
     wanted = (x is not None and x.requires_grad and torch.is_grad_enabled() for x in batch[:3])
-    out = summed_loss(*batch, *settings, chunk_bytes, objective.value, objective.nll, *policy, divisor, *wanted)
+    out = summed_loss(*batch, *settings, *_Loss.of(objective, divisor), chunk_bytes, *wanted)
     return out[0], Fields(*out[1][:, :4].unbind(1)), out[2]
 
 
 @_op(
     "head_loss",
-    f"({_BATCH}, {_SETTINGS}, int chunk_bytes, {_OBJECTIVE}, Tensor? divisor, {_WANTED}) -> "
+    f"({_BATCH}, {_SETTINGS}, {_OBJECTIVE}, {_DIVISOR}, int chunk_bytes, {_WANTED}) -> "
     "(Tensor loss, Tensor statistics, Tensor clipped, Tensor of_hidden, Tensor of_weight, Tensor of_bias)",
 )
 def summed_loss(*args: Any) -> tuple[Tensor, ...]:
     batch, settings, rest = _split(args, Batch)
-    given = _Loss(*rest)
-    heads = batch.heads(settings.op(), given.chunk_bytes)
-    loss, stats, clipped, grads = head_loss(heads, given.objective(), given.divisor, given.wanted())
+    given, chunk_bytes, wanted = _Loss(*rest[:-4]), rest[-4], rest[-3:]
+    heads = batch.heads(settings.op(), chunk_bytes)
+    loss, stats, clipped, grads = head_loss(heads, given.objective(), given.divisor, wanted)
     return loss, stats, clipped, *_filled(batch, grads)
 
 
 @summed_loss.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
     batch, _, rest = _split(args, Batch)
-    value, *_, stats = _fake_statistics(batch.hidden, batch.dtype())
-    clipped = torch.empty_like(value, dtype=torch.bool)
-    return value.new_empty(()), stats, clipped, *_fake_gradients(batch, _Loss(*rest).wanted(), sums=True)
+    stats = _fake_statistics(batch.hidden, batch.dtype())[4]
+    clipped = stats.new_empty(stats.shape[0], dtype=torch.bool)
+    return stats.new_empty(()), stats, clipped, *_fake_gradients(batch, rest[-3:], sums=True)
 
 
 def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     batch, _, rest = _split(inputs, Batch)
-    divisor = _Loss(*rest).divisor
+    divisor = _Loss(*rest[:-4]).divisor
     pending = divisor is not None and divisor.device.type != "cpu"  # else the gradients are divided already
     ctx.save_for_backward(*batch[:3], *output[3:], divisor if pending else None)
     ctx.set_materialize_grads(False)
@@ -295,7 +363,7 @@ def _loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor 
     scale = upstream if divisor is None else upstream / divisor
     keep = _graph_is_kept()
     wanted = ctx.needs_input_grad[:3]
-    made = (times(g, scale, x, keep) if want else None for g, x, want in zip(grads, student, wanted, strict=True))
+    made = (times(g, scale, x.dtype, keep) if want else None for g, x, want in zip(grads, student, wanted, strict=True))
     return *made, *(None,) * (len(ctx.needs_input_grad) - 3)
 
 
@@ -328,6 +396,7 @@ def _coefficients(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Coefficients
 
 row_statistics.register_autograd(_row_backward, setup_context=partial(_context, tensors=Rows))
 hidden_statistics.register_autograd(_hidden_backward, setup_context=partial(_context, tensors=Batch))
+row_loss.register_autograd(_row_loss_backward, setup_context=_row_loss_context)
 summed_loss.register_autograd(_loss_backward, setup_context=_loss_context)
 
 

@@ -98,6 +98,7 @@ class Objective(NamedTuple):
     value: float = 1.0
     nll: float = 0.0
     policy: Policy | None = None
+    divisor: Tensor | None = None  # [] in the dtype of the statistics, any device: of the gradient, not of the losses
 
     def at(self, rows: slice | Tensor) -> "Objective":
         """The same for some tokens."""
@@ -111,7 +112,7 @@ class Objective(NamedTuple):
 
 
 def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
-    """Statistics [N, COLUMNS] -> losses [N], whether the clip took effect [N] (bool), the losses' derivatives."""
+    """Statistics [N, COLUMNS] -> losses [N], clip flags [N] (bool: it took effect), derivatives over the divisor."""
     losses, logprob_slope = torch.zeros_like(stats[:, VALUE]), None
     clipped = torch.zeros_like(losses, dtype=torch.bool)
     value_slope = torch.full_like(losses, objective.value) if objective.value else None
@@ -126,7 +127,10 @@ def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coeff
             value_slope = value_slope * objective.policy.importance_weights
     if value_slope is not None:
         losses = losses + value_slope * stats[:, VALUE]
-    return losses, clipped, Coefficients(value_slope, logprob_slope)
+    slopes = Coefficients(value_slope, logprob_slope)
+    if objective.divisor is not None:
+        slopes = Coefficients(*(None if c is None else c / objective.divisor for c in slopes))
+    return losses, clipped, slopes
 
 
 def _policy_terms(policy: Policy, logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +201,7 @@ def fused(
     out: Tensor,
     live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics [N, COLUMNS], losses [N] and clip flags [N]; the gradient of the losses' sum goes to `out`.
+    """Statistics [N, COLUMNS], losses [N], clip flags [N]; the gradient of the losses' sum over the divisor to `out`.
 
     `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. The same as `in_steps`, in one go.
     """

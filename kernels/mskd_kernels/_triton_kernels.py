@@ -6,6 +6,7 @@
 | combine | row | the parts' sums -> statistics |
 | terms | (row, part) | value and center of the kinds that need Ls and Lt first |
 | gradient | (row, tile) | the gradient for any coefficients |
+| scale | programs | a stored gradient times a factor on the device; nothing where that is 1 |
 | fused | programs | row after row: statistics, loss, and the gradient while the row is still in L2, in reverse order |
 
 Every thread keeps running sums of its own columns, rescaled when its maximum grows; threads, then parts are merged
@@ -25,7 +26,7 @@ from mskd_kernels._rows import COLUMNS
 
 _ARGUMENTS = (  # never specialised: what is aligned is said by WIDE
     "s_ptr t_ptr tokens_ptr live_ptr stats_ptr partials_ptr coefficients_ptr out_ptr losses_ptr clipped_ptr old_ptr "
-    "advantages_ptr weights_ptr N V s_stride t_stride out_stride parts"
+    "advantages_ptr weights_ptr divisor_ptr factor_ptr N V s_stride t_stride out_stride parts"
 ).split()
 _FRAME_COLUMNS = tl.constexpr(256)
 _LEAST = tl.constexpr(-1e30)  # starts a running maximum (-inf - -inf is NaN), and is the logarithm of a mass of 0
@@ -595,18 +596,20 @@ def _fused_row(
 @_kernel
 def _fused_kernel(
     s_ptr, t_ptr, tokens_ptr, live_ptr, stats_ptr, losses_ptr, clipped_ptr, old_ptr, advantages_ptr, weights_ptr,
-    out_ptr, N: tl.int32, V: tl.int32, s_stride: tl.int64, t_stride: tl.int64, out_stride: tl.int64,
+    divisor_ptr, out_ptr, N: tl.int32, V: tl.int32, s_stride: tl.int64, t_stride: tl.int64, out_stride: tl.int64,
     s_inner: tl.float64, s_cap: tl.float64, s_factor: tl.float64,
     t_inner: tl.float64, t_cap: tl.float64, t_factor: tl.float64, slope: tl.float64, beta: tl.float64,
     value_scale: tl.float64, nll: tl.float64, clip: tl.float64,
     TERMS: tl.constexpr, EXPECTATION: tl.constexpr, ENTROPY: tl.constexpr, HAS_TOKENS: tl.constexpr,
-    HAS_LIVE: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_POLICY: tl.constexpr, WEIGHT_SINGLE_STEP: tl.constexpr,
-    CLIP_WEIGHTED: tl.constexpr, S_CAPPED: tl.constexpr, T_CAPPED: tl.constexpr,
+    HAS_LIVE: tl.constexpr, HAS_VALUE: tl.constexpr, HAS_POLICY: tl.constexpr, HAS_DIVISOR: tl.constexpr,
+    WEIGHT_SINGLE_STEP: tl.constexpr, CLIP_WEIGHTED: tl.constexpr, S_CAPPED: tl.constexpr, T_CAPPED: tl.constexpr,
     WIDE: tl.constexpr, PER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     slope, beta, clip = tl.full([], slope, ACC), tl.full([], beta, ACC), tl.full([], clip, ACC)
     value_scale, nll = tl.full([], value_scale, ACC), tl.full([], nll, ACC)
+    if HAS_DIVISOR:
+        slope = slope / tl.load(divisor_ptr).to(ACC)
     for i in range(tl.program_id(0), N, tl.num_programs(0)):
         row = tl.full([], 0, tl.int64) + i
         s_row, t_row, out_row = s_ptr + row * s_stride, t_ptr + row * t_stride, out_ptr + row * out_stride
@@ -625,6 +628,21 @@ def _fused_kernel(
                 value_scale, nll, clip, TERMS, EXPECTATION, ENTROPY, HAS_TOKENS, HAS_VALUE, HAS_POLICY,
                 WEIGHT_SINGLE_STEP, CLIP_WEIGHTED, S_CAPPED, T_CAPPED, WIDE, PER, BLOCK, ACC,
             )  # fmt: skip
+
+
+@_kernel
+def _scale_kernel(out_ptr, factor_ptr, N: tl.int64, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        start, lanes = tl.multiple_of(out_ptr, 16), tl.arange(0, BLOCK)
+        full = N // BLOCK
+        for i in range(tl.program_id(0), full, tl.num_programs(0)):
+            x = start + (tl.full([], 0, tl.int64) + i) * BLOCK + lanes
+            tl.store(x, (tl.load(x) * factor).to(out_ptr.dtype.element_ty))
+        if tl.program_id(0) == 0:
+            last = full * BLOCK + lanes
+            x = tl.load(start + last, mask=last < N, other=0.0) * factor
+            tl.store(start + last, x.to(out_ptr.dtype.element_ty), mask=last < N)
 
 
 INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)

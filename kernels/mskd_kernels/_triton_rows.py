@@ -19,14 +19,16 @@ from mskd_kernels._triton_kernels import (
     _combine_kernel,
     _fused_kernel,
     _gradient_kernel,
+    _scale_kernel,
     _statistics_kernel,
     _terms_kernel,
 )
 
-__all__ = ["INTERPRETED", "Launch", "fused", "gradient", "statistics"]
+__all__ = ["INTERPRETED", "Launch", "fused", "gradient", "scale", "statistics"]
 
 _EXPECTATIONS = {None: 0, "student": 1, "teacher": 2}
 _NO_POLICY = (0.0, False, False)  # clip, weight_single_step, clip_weighted_ratio
+_SCALE = Shape(2048, 8)
 
 
 class Launch(NamedTuple):
@@ -95,6 +97,14 @@ def fused(
             op, s, t, tokens, live, objective, stats, losses, clipped, out, chosen.fused, chosen.programs
         ).run()
     return stats, losses, clipped
+
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor [], x contiguous, in place; where the factor is 1, x is neither read nor written."""
+    if x.numel():
+        with _on(x):
+            scale_launch(x, factor.to(x.device, non_blocking=True), _chip(x.device).processors).run()
+    return x
 
 
 # Launches: also what `python -m bench.architectures` compiles, from tensors without memory ----------------------------
@@ -169,11 +179,25 @@ def fused_launch(
     arguments = _row_arguments(op, s, t) | _optional(s, tokens=tokens, live=live) | _tile(shape, s, t, out)
     arguments |= {"stats_ptr": stats, "losses_ptr": losses, "clipped_ptr": clipped, "out_ptr": out}
     arguments |= {"old_ptr": old, "advantages_ptr": advantages, "weights_ptr": weights}
+    arguments |= {"divisor_ptr": _on_device(objective.divisor, s, losses), "HAS_DIVISOR": objective.divisor is not None}
     arguments |= {"N": s.shape[0], "out_stride": out.stride(0), "slope": op.student.scale / op.temperature}
     arguments |= {"beta": _beta(op), "value_scale": objective.value, "nll": objective.nll, "clip": clip}
     arguments |= {"ENTROPY": op.entropy, "HAS_VALUE": objective.value != 0, "HAS_POLICY": policy is not None}
     arguments |= {"WEIGHT_SINGLE_STEP": weight_single_step, "CLIP_WEIGHTED": clip_weighted}
     return Launch(_fused_kernel, (programs,), arguments, shape.warps)
+
+
+def scale_launch(x: Tensor, factor: Tensor, processors: int) -> Launch:
+    arguments = {"out_ptr": x, "factor_ptr": factor, "N": x.numel(), "BLOCK": _SCALE.block}
+    programs = min(triton.cdiv(x.numel(), _SCALE.block), 8 * processors)
+    return Launch(_scale_kernel, (programs,), arguments, _SCALE.warps)
+
+
+def _on_device(number: Tensor | None, s: Tensor, otherwise: Tensor) -> Tensor:
+    """A number where the kernels can read it. One on the host is known: filling memory with it needs no waiting."""
+    if number is None:
+        return otherwise
+    return number if number.device == s.device else torch.full_like(otherwise[:1], float(number))
 
 
 def _row_arguments(op: RowOp, s: Tensor, t: Tensor | None) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._ops import Rows, Settings, logits_fields
-from mskd_kernels._rows import Divergence
+from mskd_kernels._ops import Rows, Settings, logits_fields, logits_loss
+from mskd_kernels._rows import Divergence, Objective
 
 try:
     import triton.language as tl
@@ -299,6 +299,7 @@ def divergence(
     mask: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
+    gradient: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Divergence of student and teacher, differentiable in the student's logits.
@@ -307,16 +308,25 @@ def divergence(
     min(Vs, Vt) columns, the student's padding columns get zero gradient. mask [...]: 1 = counts; masked tokens are 0
     whatever their logits hold. kind: a row of DIVERGENCES, "reverse_kl" = KL(student || teacher); beta: the number of
     jsd, skew_kl and skew_reverse_kl, None for their defaults (0.5, 0.1, 0.1). reduction: "none" -> [...], "sum", or
-    "mean" (over `denominator`, default the valid tokens). No factor T^2. -inf is a mass of 0: a KL whose second side
-    alone has none is +inf, with a gradient of 0; the other kinds stay finite. Returns nats (tvd: a share of the mass),
-    float64 for float64 inputs, else float32. Raises ValueError.
+    "mean" (over `denominator`, default the valid tokens). gradient: "forward" makes it with the loss, a scalar, and
+    backward scales it; "recompute" makes it in backward; None: forward for scalars, recompute for "none" and for
+    float16 (in forward such a gradient is kept in float32, since what backward brings is not known yet). No factor
+    T^2. -inf is a mass of 0: a KL whose second side alone has none is +inf, with a gradient of 0; the other
+    kinds stay finite. Returns nats (tvd: a share of the mass), float64 for float64 inputs, else float32. Raises
+    ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
     row = resolve_kind(kind, beta)
     _inputs.check_settings(temperature, reduction)
     flat = _inputs.flat_mask(mask, shape, student_logits.device)
     settings = Settings(row.name, row.beta, resolve_backend(backend, student_logits.device), temperature, False)
-    values = logits_fields(Rows.of(student_logits, teacher_logits, None, flat), settings).value
+    rows = Rows.of(student_logits, teacher_logits, None, flat)
+    if _inputs.logits_in_forward(gradient, reduction, student_logits):
+        mean = reduction == "mean"
+        dtype = _inputs.accumulate_dtype(student_logits, teacher_logits)
+        divisor = _inputs.divisor(flat, rows.student.shape[0], denominator, dtype) if mean else None
+        return logits_loss(rows, settings, Objective(), divisor)[0]
+    values = logits_fields(rows, settings).value
     return reduce(values.reshape(shape), mask, reduction, denominator)
 
 
@@ -333,6 +343,7 @@ def reverse_kl(
     mask: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
+    gradient: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """KL(student || teacher) in nats: `divergence` with kind="reverse_kl"."""
@@ -344,5 +355,6 @@ def reverse_kl(
         mask=mask,
         reduction=reduction,
         denominator=denominator,
+        gradient=gradient,
         backend=backend,
     )

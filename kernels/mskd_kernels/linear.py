@@ -137,7 +137,7 @@ def linear_divergence(
     device = student_hidden.device
     settings = Settings(row.name, row.beta, resolve_backend(backend, device), temperature, False, *sides)
     budget = chunk_budget(chunk_bytes, device)
-    if not made_in_forward(gradient, reduction):
+    if not _inputs.made_in_forward(gradient, reduction):
         values = hidden_fields(batch, settings, budget).value
         return reduce(values.reshape(shape), mask, reduction, denominator)
     divisor = None if reduction == "sum" else divisor_of(batch, denominator)
@@ -233,7 +233,7 @@ def linear_minillm_loss(
     )
     settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True, *sides)
     budget, divisor = chunk_budget(chunk_bytes, device), divisor_of(batch, denominator)
-    if made_in_forward(gradient, "sum"):
+    if _inputs.made_in_forward(gradient, "sum"):
         loss, fields, clipped = hidden_loss(batch, settings, budget, Objective(policy=policy), divisor)
     else:
         fields = hidden_fields(batch, settings, budget)
@@ -293,21 +293,8 @@ def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
     return chunk_bytes
 
 
-def made_in_forward(gradient: str | None, reduction: str) -> bool:
-    """Whether the gradient is made with the loss. ValueError where that was asked for and cannot be."""
-    if gradient not in (None, "forward", "recompute"):
-        raise ValueError(f"gradient={gradient!r} is not known; allowed: forward, recompute, None")
-    if gradient == "forward" and reduction == "none":
-        raise ValueError('gradient="forward" needs a scalar result: reduction="sum" or "mean", or gradient="recompute"')
-    return gradient != "recompute" and reduction != "none"
-
-
 def divisor_of(batch: Batch, denominator: float | Tensor | None) -> Tensor:
-    """What a mean is divided by, as a tensor of no dimensions; on the CPU unless it was counted or given on a GPU."""
-    dtype = batch.dtype()
-    like = torch.empty(0, dtype=dtype)
-    number = _inputs.count(batch.mask, batch.hidden.shape[0], denominator, like)
-    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=dtype)
+    return _inputs.divisor(batch.mask, batch.hidden.shape[0], denominator, batch.dtype())
 
 
 def _rows_of(hidden: Tensor) -> Tensor:

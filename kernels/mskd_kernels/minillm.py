@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
-from mskd_kernels._ops import Fields, Rows, Settings, logits_fields
-from mskd_kernels._rows import Policy
+from mskd_kernels._ops import Fields, Rows, Settings, logits_fields, logits_loss
+from mskd_kernels._rows import Objective, Policy
 from mskd_kernels.divergence import reference_logprobs, reference_values
 
 
@@ -121,14 +121,15 @@ def minillm_loss(
     weight_single_step: bool = True,
     clip_weighted_ratio: bool = True,
     denominator: float | Tensor | None = None,
+    gradient: str | None = None,
     backend: str = "auto",
 ) -> MiniLLMLoss:
     """MiniLLM's loss of sampled tokens (formula at the top of this file), differentiable in the student's logits.
 
     student_logits [..., Vs], teacher_logits [..., Vt] as in `divergence`; tokens [...] int, the sampled ones;
     old_logprobs [...] = log q_old(token), advantages [...], importance_weights [...]: float constants; mask [...].
-    denominator: default the valid tokens. clipped_fraction is over the valid tokens. A token whose reverse KL is
-    +inf gets a gradient of 0. Raises ValueError.
+    denominator: default the valid tokens. gradient: as in `divergence` for a scalar. clipped_fraction is over the valid
+    tokens. A token whose reverse KL is +inf gets a gradient of 0. Raises ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
     _inputs.check_settings(temperature)
@@ -148,10 +149,15 @@ def minillm_loss(
         clip_weighted_ratio=clip_weighted_ratio,
     )
     settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True)
-    fields = logits_fields(Rows.of(student_logits, teacher_logits, token, flat), settings)
-    losses, clipped = masked(token_losses(policy, fields.value, fields.logprob), flat)
-    divisor = _inputs.count(flat, losses.numel(), denominator, losses)
-    return assemble(losses.sum() / divisor, clipped, fields, flat, shape)
+    rows = Rows.of(student_logits, teacher_logits, token, flat)
+    divisor = _inputs.divisor(flat, rows.student.shape[0], denominator, dtype)
+    if _inputs.logits_in_forward(gradient, "mean", student_logits):
+        loss, fields, clipped = logits_loss(rows, settings, Objective(policy=policy), divisor)
+    else:
+        fields = logits_fields(rows, settings)
+        losses, clipped = masked(token_losses(policy, fields.value, fields.logprob), flat)
+        loss = losses.sum() / divisor
+    return assemble(loss, clipped, fields, flat, shape)
 
 
 def assemble(loss: Tensor, clipped: Tensor, fields: Fields, mask: Tensor | None, shape: tuple[int, ...]) -> MiniLLMLoss:

@@ -14,7 +14,7 @@ from mskd_kernels._chunks import Head
 from mskd_kernels._ops import Batch, Fields, Settings, hidden_fields, hidden_loss
 from mskd_kernels._rows import Objective
 from mskd_kernels.divergence import divergence_reference, reduce, resolve_kind
-from mskd_kernels.linear import batch_of, check_sides, chunk_budget, divisor_of, made_in_forward, two_logits
+from mskd_kernels.linear import batch_of, check_sides, chunk_budget, divisor_of, two_logits
 from mskd_kernels.logprobs import linear_logprobs_reference
 
 
@@ -62,7 +62,7 @@ def linear_cross_entropy(
     _inputs.check_side("", logit_scale, softcap)
     budget, backend = chunk_budget(chunk_bytes, hidden.device), resolve_backend(backend, hidden.device)
     settings = Settings(None, None, backend, temperature, False, logit_scale, softcap)
-    if not made_in_forward(gradient, reduction):
+    if not _inputs.made_in_forward(gradient, reduction):
         values = -hidden_fields(batch, settings, budget).logprob
         return reduce(values.reshape(shape), mask, reduction, denominator)
     divisor = None if reduction == "sum" else divisor_of(batch, denominator)
@@ -148,7 +148,7 @@ def linear_kd_loss(
     sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
     backend = resolve_backend(backend, student_hidden.device)
     settings = Settings(row.name, row.beta, backend, temperature, False, *sides)
-    in_forward, divisor = made_in_forward(gradient, "sum"), divisor_of(batch, denominator)
+    in_forward, divisor = _inputs.made_in_forward(gradient, "sum"), divisor_of(batch, denominator)
     budget = chunk_budget(chunk_bytes, student_hidden.device)
 
     def run(batch: Batch, settings: Settings, objective: Objective) -> tuple[Tensor, Fields]:

@@ -40,7 +40,7 @@ class CountedKernel:
         return self.kernel[grid]
 
 
-KERNELS = ("_statistics_kernel", "_combine_kernel", "_terms_kernel", "_gradient_kernel", "_fused_kernel")
+KERNELS = tuple(f"_{name}_kernel" for name in ("statistics", "combine", "terms", "gradient", "fused", "scale"))
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -4,7 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from kernel_cases import Watch, logits, relative_error, token_constants
+from kernel_cases import FLOATS, Watch, logits, relative_error, token_constants
 from mskd_kernels import (
     _ops,
     divergence,
@@ -19,6 +19,7 @@ from mskd_kernels import (
     linear_reverse_kl_reference,
     minillm_loss,
 )
+from mskd_kernels.divergence import DIVERGENCES
 from torch.utils.checkpoint import checkpoint
 
 N, V, HS, HT = 12, 50, 8, 6
@@ -61,6 +62,7 @@ def op_calls():
     detached = tuple(x if x is None else x.detach() for x in batch)
     policy = (1.0, 0.5, *POLICY, 0.2, True, False)
     none = (0.0, 1.0, None, None, None, 0.0, False, False)
+    value = (1.0, 0.0, *none[2:])
     return {
         "row_statistics": (_ops.row_statistics, (s, t, TOKENS, MASK, *SCALED)),
         "row_statistics, no mask": (_ops.row_statistics, (s, t, None, None, *PLAIN)),
@@ -71,8 +73,10 @@ def op_calls():
             _ops.hidden_gradient,
             (*detached, *SCALED, 4000, stats, *upstream, True, False, True),
         ),
-        "head_loss": (_ops.summed_loss, (*batch, *SCALED, 4000, *policy, torch.tensor(7.0), True, True, True)),
-        "head_loss, alone": (_ops.summed_loss, (*alone, *ALONE, 4000, *none, None, True, True, False)),
+        "row_loss": (_ops.row_loss, (s, t, TOKENS, MASK, *SCALED, *policy, torch.tensor(7.0))),
+        "row_loss, float16": (_ops.row_loss, (s.detach().half().requires_grad_(), t, None, None, *PLAIN, *value, None)),
+        "head_loss": (_ops.summed_loss, (*batch, *SCALED, *policy, torch.tensor(7.0), 4000, True, True, True)),
+        "head_loss, alone": (_ops.summed_loss, (*alone, *ALONE, *none, None, 4000, True, True, False)),
     }
 
 
@@ -116,7 +120,15 @@ def programs():
         "linear_kd_loss": (lambda m: linear_kd_loss(h, w, *teacher, TOKENS, mask=m).loss, [h, w]),
         "linear_logprobs": (lambda m: torch.cat(linear_logprobs(h, w, TOKENS, mask=m)), [h, w]),
         "divergence": (lambda m: divergence(s, t, "tvd", mask=m, reduction="mean"), [s]),
+        "divergence, recompute": (
+            lambda m: divergence(s, t, "jsd", mask=m, reduction="mean", gradient="recompute"),
+            [s],
+        ),
         "minillm_loss": (lambda m: minillm_loss(s, t, TOKENS, *POLICY, mask=m).loss, [s]),
+        "minillm_loss, recompute": (
+            lambda m: minillm_loss(s, t, TOKENS, *POLICY, mask=m, gradient="recompute").loss,
+            [s],
+        ),
     }
 
 
@@ -135,7 +147,7 @@ def test_compiles_to_one_graph(name, masked):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["linear_minillm_loss", "linear_reverse_kl, none"])
+@pytest.mark.parametrize("name", ["linear_minillm_loss", "linear_reverse_kl, none", "divergence", "minillm_loss"])
 def test_compiles_with_inductor(name):
     assert_compiles(name, MASK, "inductor")
 
@@ -161,7 +173,9 @@ def test_compiled_once_for_all_token_counts():
 # -- second derivatives, autocast, checkpointing ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["linear_reverse_kl, none", "linear_cross_entropy", "divergence", "minillm_loss"])
+@pytest.mark.parametrize(
+    "name", ["linear_reverse_kl, none", "linear_cross_entropy", "divergence", "divergence, recompute", "minillm_loss"]
+)
 def test_second_derivative_is_refused(name):
     function, leaves = programs()[name]
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -255,15 +269,27 @@ def test_memory_is_a_third_of_that_of_eager_and_backward_copies_nothing():
     )
 
 
-def test_gradients_handed_on_are_not_shared():
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["linear_divergence", "divergence", "minillm_loss"])
+def test_gradients_handed_on_are_not_shared(name, factor):
     """backward hands on what forward made: a second backward, or a sum in place, must not see it changed."""
-    student, teacher = inputs()
-    loss = linear_reverse_kl(*student[:2], *teacher, reduction="mean")
-    wanted = [g.clone() for g in gradients(linear_reverse_kl(*student[:2], *teacher, reduction="mean"), student[:2])]
+    function, leaves = programs()[name]
+    wanted = [factor * g for g in gradients(function(MASK), leaves)]
+    loss = factor * function(MASK)
     for times in (1, 2, 3):
         loss.backward(retain_graph=times < 3)
-        for x, g in zip(student[:2], wanted, strict=True):
+        for x, g in zip(leaves, wanted, strict=True):
             torch.testing.assert_close(x.grad, times * g)
+
+
+def test_logits_backward_makes_no_memory():
+    """The gradient that forward made is handed on, scaled in its place."""
+    torch.use_deterministic_algorithms(False)
+    s, t = logits(64, 1000)
+    for factor in (1.0, 3.0):
+        loss = factor * divergence(s.requires_grad_(), t, reduction="mean")
+        made = sum(x for x in allocations(lambda loss=loss: torch.autograd.grad(loss, s)) if x > 0)
+        assert made < s.nbytes / 10, made
 
 
 # -- both modes, and the losses on given tokens ----------------------------------------------------------------------
@@ -299,6 +325,52 @@ def test_modes_agree_and_repeat(name, dtype):
     assert all(torch.equal(x, y) for x, y in zip(found["forward"], found[None], strict=True))
 
 
+LOGITS = {
+    "divergence": lambda s, t, c, **x: divergence(s, t, "jsd", reduction="mean", **x),
+    "divergence, sum": lambda s, t, c, **x: divergence(s, t, "forward_kl", temperature=2.0, reduction="sum", **x),
+    "minillm_loss": lambda s, t, c, **x: minillm_loss(s, t, **c, denominator=7.0, **x).loss,
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LOGITS)
+def test_modes_agree_and_repeat_on_logits(backend, device, name, dtype):
+    """Of a student with columns of padding; masked tokens hold NaN and get a gradient of 0."""
+    n = 5
+    s, t = logits(n, V + 5, dtype=dtype, device=device)
+    mask = MASK[:n].to(device)
+    s = s.masked_fill(~mask[:, None], torch.nan).requires_grad_()
+    constants = token_constants(n, V, torch.promote_types(dtype, torch.float32), device)
+    found = {}
+    for gradient in ("forward", "recompute", None):
+        runs = []
+        for _ in range(2):
+            value, again = (
+                factor * LOGITS[name](s, t[:, :V], constants, mask=mask, gradient=gradient, backend=backend)
+                for factor in (1.0, 2.5)
+            )
+            runs.append((value.detach(), *gradients(value, [s]), *gradients(again, [s])))
+        assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))  # bit for bit
+        found[gradient] = runs[0]
+        assert all(g.dtype == dtype and (g[~mask] == 0).all() and (g[:, V:] == 0).all() for g in runs[0][1:])
+    bf16 = 4e-3 if backend == "torch" else 8e-3  # Triton's interpreter cuts float32 off to bfloat16
+    limit = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: bf16, torch.float16: 5e-4}[dtype]
+    assert all(relative_error(x, y) < limit for x, y in zip(found["forward"], found["recompute"], strict=True))
+    default = found["recompute" if dtype == torch.float16 else "forward"]
+    assert all(torch.equal(x, y) for x, y in zip(default, found[None], strict=True))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute", None])
+def test_a_float16_gradient_waits_for_the_loss_scale(backend, device, gradient):
+    """1 / N alone would flush most of it to zero; with the scale, as GradScaler brings it, it is exact."""
+    s, t = logits(8, 3000, close=True, dtype=torch.float16, device=device)
+    x, truth = (y.detach().clone().requires_grad_() for y in (s, s.double()))
+    settings = {"reduction": "mean", "denominator": 4096}
+    (found,) = gradients(2.0**20 * divergence(x, t, gradient=gradient, backend=backend, **settings), [x])
+    (wanted,) = gradients(2.0**20 * divergence(truth, t.double(), **settings), [truth])
+    assert found.dtype == torch.float16 and relative_error(found, wanted) < 1e-3
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize(
     "extra", [{}, {"softcap": 3.0, "logit_scale": 1.7, "temperature": 0.6}], ids=["plain", "scaled"]
@@ -323,7 +395,7 @@ def test_cross_entropy_equals_reference(backend, device, reduction, extra):
 
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("extra", [0, 6], ids=["common", "wider"])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("kind", DIVERGENCES)
 def test_kd_equals_reference(backend, device, kind, temperature, extra):
     student, teacher = inputs(dtype=torch.float64, extra=extra)
     student = [x.detach().to(device).requires_grad_() for x in student]
@@ -351,6 +423,10 @@ def test_refused():
         linear_reverse_kl(*student[:2], *teacher, gradient="late")
     with pytest.raises(ValueError, match='gradient="forward" needs a scalar result'):
         linear_cross_entropy(*student[:2], TOKENS, reduction="none", gradient="forward")
+    with pytest.raises(ValueError, match='gradient="forward" needs a scalar result'):
+        divergence(*logits(2, 5), gradient="forward")
+    with pytest.raises(ValueError, match="gradient='now' is not known"):
+        minillm_loss(*logits(N, V), TOKENS, *POLICY, gradient="now")
     with pytest.raises(ValueError, match="kd_ratio must lie between 0 and 1, got 1; at the ends use"):
         linear_kd_loss(*student[:2], *teacher, TOKENS, kd_ratio=1)
     with pytest.raises(ValueError, match="beta"):

@@ -56,7 +56,8 @@ def test_the_fused_loss_is_that_of_evaluate(monkeypatch, device, settings):
     s, t, tokens, policy = case(300)
     policy = policy._replace(weight_single_step=settings[0], clip_weighted_ratio=settings[1])
     s[2], t[3, 5] = torch.nan, -torch.inf  # a value of NaN, one of +inf
-    for objective in (Objective(0.5, 0.0, policy), Objective(0.0, 1.0, None)):
+    divisor = torch.tensor(3.0, dtype=torch.float64, device=device)
+    for objective in (Objective(0.5, 0.0, policy, divisor), Objective(0.0, 1.0, None)):
         op = RowOp(DIVERGENCES["reverse_kl"], "triton", entropy=True)
         plain = everything(op, s, t, objective, tokens)
         with monkeypatch.context() as patch:
@@ -64,6 +65,17 @@ def test_the_fused_loss_is_that_of_evaluate(monkeypatch, device, settings):
             fused = everything(op, s, t, objective, tokens)
         for ours, truth in zip(fused, plain, strict=True):
             torch.testing.assert_close(ours, truth, equal_nan=True, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.3])
+def test_scale(device, factor):
+    """All of it, beyond the last full tile too; where the factor is 1 nothing is touched."""
+    for columns in (1, 2048, 4099):
+        x = torch.randn(3, columns, device=device).to(torch.float16)
+        wanted, place = (x * factor), x.clone()
+        assert _triton_rows.scale(place, torch.tensor(factor, device=device)) is place
+        assert torch.equal(place, wanted)
+    assert _triton_rows.scale(x[:0], torch.tensor(factor)).numel() == 0
 
 
 @pytest.mark.parametrize("v", [3, 129, 301])
