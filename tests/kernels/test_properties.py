@@ -168,17 +168,21 @@ def tolerance(s: Tensor, t: Tensor, temperature: float, exact: bool) -> float:
 # -- logits ---------------------------------------------------------------------------------------
 
 
-def value_and_gradient(case: Case, s: Tensor, t: Tensor, mask: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+def value_and_gradient(
+    case: Case, s: Tensor, t: Tensor, mask: Tensor | None, backend: str, mode: str = "recompute"
+) -> tuple[Tensor, Tensor]:
     s = s.detach().requires_grad_()
     options = dict(beta=case.beta, temperature=case.temperature, mask=mask, backend=backend)
     value = divergence(s, t, case.kind, **options)
-    return value.detach(), torch.autograd.grad(value.sum(), s)[0]
+    in_forward = mode == "forward"
+    total = divergence(s, t, case.kind, reduction="sum", gradient=mode, **options) if in_forward else value.sum()
+    return value.detach(), torch.autograd.grad(total, s)[0]
 
 
-def check(case: Case, backend: str) -> None:
+def check(case: Case, backend: str, mode: str = "recompute") -> None:
     s, t = case.logits()
     mask, v = case.mask(), case.vocabulary
-    value, gradient = value_and_gradient(case, *map(laid_out, (s, t), case.layouts), mask, backend)
+    value, gradient = value_and_gradient(case, *map(laid_out, (s, t), case.layouts), mask, backend, mode)
     exact = torch.float64 in case.dtypes
     expected, slope = truth(s[:, :v].double(), t[:, :v].double(), case.kind, case.beta, case.temperature)
     if mask is not None:
@@ -199,17 +203,17 @@ def check(case: Case, backend: str) -> None:
     assert (drift <= bound.sum(-1)).all(), drift
 
 
-@given(cases(vocabulary=300))
-@settings(max_examples=150, **OPTIONS)
-def test_value_and_gradient_are_the_formulas(case):
-    check(case, "torch")
+@given(cases(vocabulary=300), st.sampled_from(["forward", "recompute"]))
+@settings(max_examples=200, **OPTIONS)
+def test_value_and_gradient_are_the_formulas(case, mode):
+    check(case, "torch", mode)
 
 
 @pytest.mark.slow
-@given(cases(vocabulary=3000, rows=40))
+@given(cases(vocabulary=3000, rows=40), st.sampled_from(["forward", "recompute"]))
 @settings(max_examples=5000, **OPTIONS)
-def test_value_and_gradient_are_the_formulas_in_many_more_cases(case):
-    check(case, "torch")
+def test_value_and_gradient_are_the_formulas_in_many_more_cases(case, mode):
+    check(case, "torch", mode)
 
 
 @interpreted
