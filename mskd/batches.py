@@ -1,6 +1,6 @@
-"""What each optimizer step of a phase trains on: forwards over the data, or over rounds of the student's own samples.
+"""What each optimizer step of a phase trains on: forwards over data, or over rounds of the student's own samples.
 
-    source = OnPolicy(job, phase, seed)
+    source = source_of(job, index, seed)      # OnData, OnMixture or OnPolicy, by the phase at that place of the hop
     for step in range(first, steps):
         micros = source.work(step)            # depends on the step's number and the weights alone
 
@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
-from mskd.config import KdPhase, MinillmPhase, SftPhase
+from mskd.config import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SeqkdPhase, SftPhase
 from mskd.data import Example, SequenceBatch, end_token_id, order
+from mskd.draw import uniforms
 from mskd.models import copy_as
 from mskd.packing import cut, fill_rows
+from mskd.responses import Tick, answered
 from mskd.rollout import Rollout, sample
 
 if TYPE_CHECKING:
@@ -33,16 +35,32 @@ Micro = tuple[SequenceBatch, Any]  # one forward: its sequences and their loss (
 Ids = Sequence[int]
 
 
-class OnData:
-    """Steps of an sft or kd phase: sequences of the data, in an order drawn anew each epoch."""
+Supervised = SftPhase | KdPhase | SeqkdPhase
 
-    def __init__(self, job: Job, phase: SftPhase | KdPhase, seed: int) -> None:
+
+def source_of(job: Job, index: int, seed: int, tick: Tick = lambda done, all_: None) -> Any:
+    """The source of the phase at place `index` of the hop; where the teacher answers the prompts, it does so here."""
+    phase = job.phases[index]
+    if isinstance(phase, MinillmPhase):
+        return OnPolicy(job, phase, seed)
+    asked = None if isinstance(phase, SftPhase) else phase.teacher_responses
+    examples = job.data.train if asked is None else answered(job, asked, index=index, seed=seed, tick=tick)
+    if isinstance(phase, MixedPhase):
+        return OnMixture(job, phase, seed, examples)
+    return OnData(job, phase, seed, examples)
+
+
+class OnData:
+    """Steps of an sft, kd or seqkd phase: examples (default: those of the data) in an order drawn anew each epoch."""
+
+    def __init__(self, job: Job, phase: Supervised, seed: int, examples: Sequence[Example] | None = None) -> None:
         self.job, self.phase, self.seed = job, phase, seed
-        self.shown = "nll" if isinstance(phase, SftPhase) else "forward_kl"
+        self.examples = job.data.train if examples is None else examples
+        self.shown = "forward_kl" if isinstance(phase, KdPhase) else "nll"
 
     def work(self, step: int) -> list[Micro]:
         """This process's forwards of one optimizer step."""
-        examples = deal(stream(self.job.data.train, step, self.phase.batch_size, self.seed), self.job.accelerator)
+        examples = deal(stream(self.examples, step, self.phase.batch_size, self.seed), self.job.accelerator)
         return supervised(self.job, self.phase, examples)
 
     def state(self, step: int) -> dict[str, torch.Tensor]:
@@ -51,6 +69,70 @@ class OnData:
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Nothing."""
+
+
+class OnMixture:
+    """Steps of a gkd or distillm phase. A round: examples, of which the student answers its share anew."""
+
+    def __init__(self, job: Job, phase: Mixed, seed: int, examples: Sequence[Example]) -> None:
+        self.job, self.phase, self.seed, self.examples = job, phase, seed, examples
+        self.shown = phase.kind[0]
+        self.steps_per_round = phase.per_round // phase.batch_size
+        self.sampler = Sampler(job, phase, seed)
+        self.round: int | None = None
+        self.sequences: dict[int, Example] = {}  # this process's, by their place in the round
+
+    def work(self, step: int) -> list[Micro]:
+        number, inside = divmod(step, self.steps_per_round)
+        if self.round != number:
+            self._begin(number, self._sample(number))
+        places = range(inside * self.phase.batch_size, (inside + 1) * self.phase.batch_size)
+        micros = supervised(self.job, self.phase, [self.sequences[i] for i in deal(places, self.job.accelerator)])
+        if isinstance(self.phase, DistillmPhase):
+            micros += plain_text(self.job, self.phase, step, self.seed)
+        return micros
+
+    def own(self, number: int) -> list[int]:
+        """This process's places of a round that the student answers; random numbers belong to (seed, sequence)."""
+        first = number * self.phase.per_round
+        sequences = torch.arange(first, first + self.phase.per_round)
+        u = uniforms(checkpoint.stream_seed(self.seed, "student_share"), sequences, torch.tensor(0)).tolist()
+        return [i for i in lanes(self.job, self.phase) if u[i] < self.phase.student_share]
+
+    def _examples(self, number: int) -> list[Example]:
+        seed = checkpoint.stream_seed(self.seed, "prompts")
+        return stream(self.examples, number, self.phase.per_round, seed)
+
+    def _sample(self, number: int) -> list[list[int]]:
+        """The student's responses at its places of a round."""
+        own, examples = self.own(number), self._examples(number)
+        if not own:
+            return []
+        ids = [number * self.phase.per_round + i for i in own]
+        prompts = [examples[i].prompt_ids for i in own]
+        return self.sampler(prompts, ids, temperature=self.phase.sampling_temperature).responses()
+
+    def _begin(self, number: int, responses: Sequence[Ids]) -> None:
+        examples, answers = self._examples(number), dict(zip(self.own(number), map(tuple, responses), strict=True))
+        self.sequences = {
+            i: replace(examples[i], response_ids=answers.get(i, examples[i].response_ids))
+            for i in lanes(self.job, self.phase)
+        }
+        self.round = number
+
+    def state(self, step: int) -> dict[str, torch.Tensor]:
+        """The student's responses of a round that is under way."""
+        if self.round is None or step % self.steps_per_round == 0:
+            return {}
+        responses = [self.sequences[i].response_ids for i in self.own(self.round)]
+        tensors = {"ids": [t for r in responses for t in r], "lengths": [len(r) for r in responses]}
+        return by_rank(self.job, {k: torch.tensor(v, dtype=torch.int64) for k, v in tensors.items()})
+
+    def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        own = of_rank(self.job, tensors)
+        if own:
+            responses = [ids.tolist() for ids in own["ids"].split(own["lengths"].tolist())]
+            self._begin(step // self.steps_per_round, responses)
 
 
 class OnPolicy:
@@ -63,9 +145,9 @@ class OnPolicy:
         self.job, self.phase, self.seed, self.teacher = job, phase, seed, job.teacher
         self.batches = phase.rollouts // phase.batch_size
         self.steps_per_round = self.batches * phase.ppo_epochs
+        self.sampler = Sampler(job, phase, seed)
         self.round: int | None = None
         self.rollout: Rollout
-        self.sampler: Any = None
 
     def work(self, step: int) -> list[Micro]:
         number, inside = divmod(step, self.steps_per_round)
@@ -75,16 +157,12 @@ class OnPolicy:
         epoch, batch = divmod(inside, self.batches)
         chosen = self._batch(number, epoch, batch)
         parts = forwards(self.job, self.rollout.offsets.diff()[chosen].tolist(), self.phase.micro_batch_size)
-        return [self._micro([chosen[i] for i in part]) for part in parts] + self._text(step)
+        micros = [self._micro([chosen[i] for i in part]) for part in parts]
+        return micros + plain_text(self.job, self.phase, step, self.seed)
 
     def mine(self) -> list[int]:
-        """This process's sequences of a round: whole lanes, so that a sequence never changes its process.
-
-        A lane is the set of sequences that may stand at one place of an optimizer batch; epochs permute within lanes.
-        The batches of a step are then the same however many processes there are.
-        """
-        rank, world = self.job.accelerator.process_index, self.job.accelerator.num_processes
-        return [i for i in range(self.phase.rollouts) if i % self.phase.batch_size % world == rank]
+        """This process's sequences of a round."""
+        return lanes(self.job, self.phase)
 
     def _batch(self, number: int, epoch: int, batch: int) -> list[int]:
         """Places in `self.rollout` of this process's share of one optimizer batch."""
@@ -97,40 +175,15 @@ class OnPolicy:
         return chosen
 
     def _sample(self, number: int) -> Rollout:
-        job, phase = self.job, self.phase
-        examples = stream(job.data.train, number, phase.rollouts, checkpoint.stream_seed(self.seed, "prompts"))
-        mine = self.mine()
-        model = self._sampling_model()
-        model.eval()
-        rollout = sample(
-            model,
-            self.teacher,
+        phase, mine = self.phase, self.mine()
+        seed = checkpoint.stream_seed(self.seed, "prompts")
+        examples = stream(self.job.data.train, number, phase.rollouts, seed)
+        return self.sampler(
             [examples[i].prompt_ids for i in mine],
-            eos_id=end_token_id(job.tokenizer, job.config.data.template),
-            pad_id=job.tokenizer.pad_token_id,
-            max_new_tokens=phase.max_new_tokens,
-            mix_alpha=phase.mix_alpha,
+            [number * phase.rollouts + i for i in mine],
             temperature=phase.temperature,
-            top_p=phase.top_p,
-            top_k=phase.top_k,
-            batch_size=phase.rollout_batch_size,
-            seed=checkpoint.stream_seed(self.seed, "rollout"),
-            sequence_ids=[number * phase.rollouts + i for i in mine],
-            should_stop=job.stop if job.accelerator.num_processes == 1 else None,  # several stop at a step, together
+            mix_alpha=phase.mix_alpha,
         )
-        return rollout
-
-    def _sampling_model(self) -> Any:
-        """The student itself on CPU; on a GPU a 16-bit copy at fixed addresses, refreshed each round."""
-        model = self.job.student
-        if self.job.hardware.teacher_dtype == torch.float32:
-            return model
-        if self.sampler is None:
-            self.sampler = copy_as(model, self.job.hardware.teacher_dtype)
-        with torch.no_grad():
-            for mine, theirs in zip(self.sampler.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs)
-        return self.sampler
 
     def _score(self, number: int, rollout: Rollout) -> None:
         """One pass of the frozen teacher: its hidden states serve p(y), rewards and every epoch of the round."""
@@ -164,40 +217,60 @@ class OnPolicy:
         )
         return lay_out(self.job, part.prompts(), part.responses()), loss
 
-    def _text(self, step: int) -> list[Micro]:
-        """The plain-text term: as many blocks of the corpus as the batch has sequences; off without a corpus."""
-        job, phase = self.job, self.phase
-        if not job.text or not phase.lm_weight:
-            return []
-        blocks = deal(
-            stream(job.text, step, phase.batch_size, checkpoint.stream_seed(self.seed, "text")), job.accelerator
-        )
-        micros = []
-        with self.teacher.on_device() if phase.kd_ratio else nullcontext():
-            for part in forwards(job, [len(b) for b in blocks], phase.micro_batch_size):
-                batch = lay_out(job, [blocks[i][:1] for i in part], [blocks[i][1:] for i in part])
-                hidden = self.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
-                head = self.teacher.head if phase.kd_ratio else None
-                micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
-        return micros
-
     def state(self, step: int) -> dict[str, torch.Tensor]:
         """The rollout of a round that is under way; the teacher's hidden states are made again from it."""
         if self.round is None or step % self.steps_per_round == 0:
             return {}
-        if self.job.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            parts = gather_object([rollout_tensors(self.rollout)])
-        else:
-            parts = [rollout_tensors(self.rollout)]
-        return {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
+        return by_rank(self.job, rollout_tensors(self.rollout))
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        mine = f"{self.job.accelerator.process_index}."
-        own: dict[str, Any] = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+        own: dict[str, Any] = of_rank(self.job, tensors)
         if own:
             self._score(step // self.steps_per_round, Rollout(**{"teacher_logprobs": None, **own}))
+
+
+class Sampler:
+    """Draws the student's responses: on a CPU from itself, on a GPU from a 16-bit copy at fixed addresses."""
+
+    def __init__(self, job: Job, phase: OnPolicyPhase, seed: int) -> None:
+        self.job, self.phase, self.seed = job, phase, checkpoint.stream_seed(seed, "rollout")
+        self.copy: Any = None
+
+    def __call__(
+        self, prompts: Sequence[Ids], ids: Sequence[int], *, temperature: float, mix_alpha: float = 0.0
+    ) -> Rollout:
+        """One response to each prompt, mix_alpha of the teacher in the mixture; ids own the random numbers."""
+        job, phase = self.job, self.phase
+        model = self._model()
+        model.eval()
+        return sample(
+            model,
+            job.teacher,
+            prompts,
+            eos_id=end_token_id(job.tokenizer, job.config.data.template),
+            pad_id=job.tokenizer.pad_token_id,
+            max_new_tokens=phase.max_new_tokens,
+            mix_alpha=mix_alpha,
+            temperature=temperature,
+            top_p=phase.top_p,
+            top_k=phase.top_k,
+            batch_size=phase.rollout_batch_size,
+            seed=self.seed,
+            sequence_ids=ids,
+            should_stop=job.stop if job.accelerator.num_processes == 1 else None,  # several stop at a step, together
+        )
+
+    def _model(self) -> Any:
+        """The student as it is now."""
+        model = self.job.student
+        if self.job.hardware.teacher_dtype == torch.float32:
+            return model
+        if self.copy is None:
+            self.copy = copy_as(model, self.job.hardware.teacher_dtype)
+        with torch.no_grad():
+            for mine, theirs in zip(self.copy.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+        return self.copy
 
 
 class HiddenStates:
@@ -242,6 +315,22 @@ def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
     return {k: v.cpu() for k, v in values.items() if v is not None}
 
 
+def by_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of every process by 'rank.name'."""
+    parts = [tensors]
+    if job.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        parts = gather_object([tensors])
+    return {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
+
+
+def of_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This process's own tensors of what `by_rank` gave."""
+    mine = f"{job.accelerator.process_index}."
+    return {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+
+
 def loss_options(job: Job) -> dict[str, Any]:
     return {"backend": job.config.run.backend, "chunk_bytes": job.config.train.loss_chunk_mb * 2**20}
 
@@ -262,9 +351,19 @@ def stream(items: Sequence, batch: int, size: int, seed: int) -> list:
     return [items[orders[p // n][p % n]] for p in places]
 
 
-def deal(batch: list, accelerator: Accelerator) -> list:
+def deal(batch: Sequence, accelerator: Accelerator) -> list:
     """This process's share of a batch."""
-    return batch[accelerator.process_index :: accelerator.num_processes]
+    return list(batch[accelerator.process_index :: accelerator.num_processes])
+
+
+def lanes(job: Job, phase: OnPolicyPhase) -> list[int]:
+    """This process's sequences of a round: whole lanes, so that a sequence never changes its process.
+
+    A lane is the set of sequences that may stand at one place of an optimizer batch; epochs permute within lanes.
+    The batches of a step are then the same however many processes there are.
+    """
+    rank, world = job.accelerator.process_index, job.accelerator.num_processes
+    return [i for i in range(phase.per_round) if i % phase.batch_size % world == rank]
 
 
 def forwards(job: Job, lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -281,18 +380,38 @@ def lay_out(job: Job, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Seque
     return SequenceBatch.from_sequences(prompts, responses, job.tokenizer.pad_token_id, rows=rows)
 
 
-def supervised(job: Job, phase: SftPhase | KdPhase, examples: Sequence[Example]) -> list[Micro]:
-    """Forwards over examples of the data."""
+def supervised(job: Job, phase: Supervised | Mixed, examples: Sequence[Example]) -> list[Micro]:
+    """Forwards over examples, each with the phase's loss; one pass of the teacher where the loss needs it."""
     micros = []
     parts = forwards(job, [len(e.prompt_ids) + len(e.response_ids) for e in examples], phase.micro_batch_size)
-    with job.teacher.on_device() if isinstance(phase, KdPhase) and job.teacher else nullcontext():
+    with job.teacher.on_device() if job.teacher and not isinstance(phase, SftPhase | SeqkdPhase) else nullcontext():
         for part in parts:
             batch = lay_out(job, [examples[i].prompt_ids for i in part], [examples[i].response_ids for i in part])
-            if isinstance(phase, KdPhase):
-                assert job.teacher is not None
-                hidden = job.teacher.hidden(batch.to(job.hardware.device))
-                loss = objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
-            else:
-                loss = objective.sft_loss(batch, **loss_options(job))
-            micros.append((batch, loss))
+            micros.append((batch, _loss(job, phase, batch)))
+    return micros
+
+
+def _loss(job: Job, phase: Supervised | Mixed, batch: SequenceBatch) -> objective.Loss:
+    if isinstance(phase, SftPhase | SeqkdPhase):
+        return objective.sft_loss(batch, **loss_options(job))
+    assert job.teacher is not None
+    hidden = job.teacher.hidden(batch.to(job.hardware.device))
+    if isinstance(phase, KdPhase):
+        return objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
+    return objective.divergence_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
+
+
+def plain_text(job: Job, phase: MinillmPhase | DistillmPhase, step: int, seed: int) -> list[Micro]:
+    """The plain-text term: as many blocks of the corpus as the batch has sequences; off without a corpus."""
+    if not job.text or not phase.lm_weight:
+        return []
+    assert job.teacher is not None
+    blocks = deal(stream(job.text, step, phase.batch_size, checkpoint.stream_seed(seed, "text")), job.accelerator)
+    micros = []
+    with job.teacher.on_device() if phase.kd_ratio else nullcontext():
+        for part in forwards(job, [len(b) for b in blocks], phase.micro_batch_size):
+            batch = lay_out(job, [blocks[i][:1] for i in part], [blocks[i][1:] for i in part])
+            hidden = job.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
+            head = job.teacher.head if phase.kd_ratio else None
+            micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
     return micros

@@ -14,7 +14,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -131,7 +131,9 @@ def _needs_data(teacher: TeacherResponses | None, eval_every: int | None) -> boo
 class OnPolicyPhase(PhaseBase):
     """Fields of the phases that train on the student's own samples, drawn anew each round."""
 
-    rollouts: int = Field(ge=1, description="sequences of one round, over all processes")
+    rollouts: int | None = Field(
+        None, ge=1, description="sequences of one round, over all processes; default: batch_size, a round each step"
+    )
     rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
     max_new_tokens: int = Field(256, ge=1)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -139,9 +141,14 @@ class OnPolicyPhase(PhaseBase):
 
     @model_validator(mode="after")
     def _whole_batches(self) -> OnPolicyPhase:
-        if self.rollouts % self.batch_size:
+        if self.per_round % self.batch_size:
             raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of batch_size ({self.batch_size})")
         return self
+
+    @property
+    def per_round(self) -> int:
+        """Sequences of one round."""
+        return self.rollouts or self.batch_size
 
 
 class MixedPhase(OnPolicyPhase):
@@ -152,18 +159,10 @@ class MixedPhase(OnPolicyPhase):
     No gradient goes through the sampling. The loss is the mean over the tokens of a batch; no factor T^2.
     """
 
-    rollouts: int = Field(ge=1, description="sequences of one round; default: batch_size, a round each step")
     student_share: float = Field(0.5, ge=0, le=1, description="share of the student's own responses in a round")
     sampling_temperature: float = Field(1.0, gt=0, description="of the student while it samples")
     temperature: float = Field(1.0, gt=0, description="of both models in the divergence")
     teacher_responses: TeacherResponses | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _a_round_each_step(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and given.get("rollouts") is None:
-            return {**given, "rollouts": given.get("batch_size", cls.model_fields["batch_size"].default)}
-        return given
 
     @property
     def needs_responses(self) -> bool:
@@ -198,12 +197,16 @@ class DistillmPhase(MixedPhase):
     objective: Literal["distillm"] = "distillm"
     divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_kl"
     skew: float = Field(0.1, gt=0, lt=1)
+    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
+    kd_ratio: ClassVar[float] = 0.0  # the plain-text term is cross-entropy alone
 
     @property
     def kind(self) -> tuple[str, float | None]:
         """The divergence by its name in mskd_kernels, and its number."""
         return self.divergence, self.skew
 
+
+Mixed = GkdPhase | DistillmPhase
 
 # Each named term of the objective is a field; a preset is only a set of values.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -215,7 +218,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # What the released code (microsoft/LMOps, minillm) does instead.
     "lmops": dict(
         gamma=0.95, include_current=True, whiten=True, reward_scaling=0.5, reward_clip=100.0,
-        weight_single_step=False, clip_weighted_ratio=False, kd_ratio=0.5,
+        weight_single_step=False, clip_weighted_ratio=True, kd_ratio=0.5,
     ),
 }  # fmt: skip
 

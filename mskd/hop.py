@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
-from mskd.batches import Micro, OnData, OnPolicy, supervised
-from mskd.config import Config, ConfigError, KdPhase, MinillmPhase, Phase, SftPhase
+from mskd.batches import Micro, Supervised, source_of, supervised
+from mskd.config import Config, ConfigError, MinillmPhase, Mixed, Phase
 from mskd.data import Splits
 from mskd.hardware import Hardware
 from mskd.models import Student, Teacher, save_model
@@ -160,7 +160,7 @@ def run_phase(job: Job, prepared: Any, progress: Progress, saved: checkpoint.Sta
     seed = checkpoint.stream_seed(job.seed, "phase", progress.phase)
     steps = resolve_steps(phase, len(job.data.train))
     optimizer = acc.prepare(make_optimizer(prepared, phase))
-    source: Any = OnPolicy(job, phase, seed) if isinstance(phase, MinillmPhase) else OnData(job, phase, seed)
+    source = source_of(job, progress.phase, seed, lambda done, all_: tracker.note("the teacher answers", done, all_))
     best: dict[str, torch.Tensor] = {}
     if saved is not None:
         restore_phase(job, optimizer, source, progress, saved, best)
@@ -244,7 +244,7 @@ def remember_best(
 
 
 @torch.no_grad()
-def validation_loss(job: Job, prepared: Any, phase: SftPhase | KdPhase) -> float:
+def validation_loss(job: Job, prepared: Any, phase: Supervised | Mixed) -> float:
     """The phase's loss per response token of the validation split; every process computes all of it."""
     total, tokens = 0.0, 0
     student = job.accelerator.unwrap_model(prepared)

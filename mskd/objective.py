@@ -30,7 +30,7 @@ from mskd_kernels import (
 )
 from torch import Tensor
 
-from mskd.config import KdPhase, MinillmPhase
+from mskd.config import DistillmPhase, KdPhase, MinillmPhase, Mixed
 from mskd.data import SequenceBatch
 from mskd.models import Head
 from mskd.rollout import Rollout
@@ -150,7 +150,7 @@ def _mix(teacher_logprobs: Tensor, student_logprobs: Tensor, alpha: float) -> Te
 
 # -- losses ---------------------------------------------------------------------------------------
 
-LM = "lm"  # the plain-text term beside minillm: its statistics carry the prefix "lm_"
+LM = "lm"  # the plain-text term beside minillm or distillm: its statistics carry the prefix "lm_"
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,41 @@ def kd_loss(
     return Loss("kd", _supervised(batch, teacher_hidden, teacher_head, options, **parts))
 
 
+def divergence_loss(
+    batch: SequenceBatch, teacher_hidden: Tensor, teacher_head: Head, phase: Mixed, **options: Any
+) -> Loss:
+    """The divergence `phase.kind` of student and teacher at phase.temperature, on whichever responses; no factor T^2.
+
+    teacher_hidden [N, H] at the batch's positions. Statistic: the value, under the kind's name.
+    """
+    _check_rows(teacher_hidden, batch.targets)
+    kind, number = phase.kind
+
+    def compute(hidden: Tensor, head: Head, denominator: float) -> tuple[Tensor, Stats]:
+        loss = linear_divergence(
+            hidden,
+            head.weight,
+            teacher_hidden.to(hidden.device),
+            teacher_head.weight,
+            kind,
+            beta=number,
+            temperature=phase.temperature,
+            reduction="mean",
+            denominator=denominator,
+            **options,
+            **_sides(head, teacher_head),
+        )
+        tokens = torch.tensor(float(len(batch.targets)), device=hidden.device)
+        return loss, {"tokens": tokens, kind: (loss * denominator).detach()}
+
+    return Loss("divergence", compute)
+
+
 def lm_loss(
     batch: SequenceBatch,
     teacher_hidden: Tensor | None,
     teacher_head: Head | None,
-    phase: MinillmPhase,
+    phase: MinillmPhase | DistillmPhase,
     **options: Any,
 ) -> Loss:
     """The plain-text term: lm_weight ((1 - kd_ratio) CE + kd_ratio soft CE toward the teacher), at temperature 1.

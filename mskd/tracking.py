@@ -82,6 +82,11 @@ class Tracker:
         if self.main:
             self._progress.start_phase(objective, done, total)
 
+    def note(self, what: str, done: int, total: int) -> None:
+        """Show how far something has come that is no step; nothing is recorded."""
+        if self.main:
+            self._progress.note(what, done, total)
+
     def log(self, metrics: Mapping[str, Any], *, step: int, phase_step: int, shown: str | None = None) -> None:
         """Record one step: a line of metrics.jsonl, the trackers, the progress. Values: numbers, 0-d tensors, strings.
 
@@ -193,6 +198,14 @@ class _Progress:
             self._bar.update(self._bar.task_ids[0], completed=step, line=line)
         elif step >= self.total or now - self._printed >= PLAIN_EVERY_S:
             self._printed = now
+            print(line, file=sys.stderr, flush=True)
+
+    def note(self, what: str, done: int, total: int) -> None:
+        self.start_phase(what, done, total)
+        line = f"{self.title}  {what}  {done}/{total}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], line=line)
+        else:
             print(line, file=sys.stderr, flush=True)
 
     def stop(self) -> None:

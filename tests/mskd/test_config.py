@@ -70,7 +70,7 @@ def test_a_hop_may_have_phases_of_its_own():
         ("phases.lmops.rollout=3", "did you mean 'rollouts'?"),
         ("models.ta.layer=3", "did you mean 'layers'?"),
         ("phases.0.steps=many", "phases.0.steps is 'many'"),
-        ("phases.0.objective=ppo", "allowed: sft, kd, minillm, lmops"),
+        ("phases.0.objective=ppo", "allowed: sft, kd, seqkd, gkd, distillm, minillm, lmops"),
         ("phases.sft.lr=1", "allowed: 0, 1, kd, lmops"),
         ("phases.0.lr=-1", "greater than 0"),
         ("phases.0.keep=best", "needs eval_every"),
