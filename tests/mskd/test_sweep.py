@@ -250,6 +250,19 @@ def test_a_cell_that_cannot_run_is_found_before_anything_is_trained(tiny_llama_f
     assert not trained and not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_models_cut_alike_are_one_initial_student_under_several_names(tiny_llama_folder, rows, tmp_path):
+    base = small(tiny_llama_folder, rows)
+    base["models"] = {**base["models"], "baseline": {"from": "teacher", "layers": 1}}
+    base["chain"] = {"paths": [["teacher", "student"], ["teacher", "baseline"]]}
+    base["hop"] = {"teacher>baseline": {"phases": [{"objective": "sft", "steps": 1}]}}
+    run = distill(parse(base), tmp_path, echo=lambda line: None)
+    nodes = read_index(tmp_path)["nodes"]
+    assert nodes["student"]["hash"] == nodes["baseline"]["hash"]
+    cut = [tmp_path / nodes[name]["dir"] / "done.json" for name in ("student", "baseline")]
+    assert len({json.loads(path.read_text())["weights"] for path in cut}) == 1
+    assert nodes["teacher>student"]["hash"] != nodes["teacher>baseline"]["hash"] and len(run.students) == 2
+
+
 def test_killed_in_its_middle_a_sweep_ends_with_the_same_bits_and_trains_nothing_twice(
     tiny_llama_folder, rows, tmp_path
 ):
