@@ -52,8 +52,13 @@ def layout(stored: Stored) -> list[Spot]:
         size = stored.nodes.get(key, stored.nodes.get(name, {})).get("parameters")
         x = MARGIN + columns[name] * (WIDTH + GAP_X)
         y = MARGIN + rows[key] * (HEIGHT + GAP_Y)
-        spots.append(Spot(key, kind, x, y, f"{name}, {parameters(size)}", tuple(lines)))
+        spots.append(Spot(key, kind, x, y, f"{_fitting(name)}, {parameters(size)}", tuple(lines)))
     return spots
+
+
+def _fitting(name: str) -> str:
+    """A name that fits into a node; the whole one is in its tooltip."""
+    return name if len(name) <= 14 else f"{name[:13]}…"
 
 
 def _columns(stored: Stored) -> dict[str, int]:
@@ -118,5 +123,6 @@ def _box(s: Spot) -> str:
     for i, (name, value, best) in enumerate(s.lines):
         y = 44 + 18 * i
         parts.append(f'<text class="soft" x="12" y="{y}">{name}</text>')
-        parts.append(f'<text{" class=best" if best else ""} x="{WIDTH - 12}" y="{y}" text-anchor="end">{value}</text>')
+        kind = "best" if best else "value"
+        parts.append(f'<text class="{kind}" x="{WIDTH - 12}" y="{y}" text-anchor="end">{value}</text>')
     return f'<g class="{s.kind}" transform="translate({s.x:g} {s.y:g})">{"".join(parts)}</g>'

@@ -38,9 +38,9 @@ def write_report(run: Path) -> Path:
         write_text(directory / "report.html", page(sweep[0].name, blocks, directory))
         write_text(directory / "report.md", markdown(blocks))
     except OSError as e:
-        reason = e.strerror or str(e)
+        where = e.filename2 or e.filename or directory
         raise ConfigError(
-            f"cannot write the report to {e.filename or directory}: {reason}; the models and figures are kept: "
+            f"cannot write the report to {where}: {e.strerror or e}; the models and figures are kept: "
             f"mend that, then mskd report {directory}"
         ) from None
     return directory / "report.md"
