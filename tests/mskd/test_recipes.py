@@ -3,8 +3,12 @@
 import itertools
 
 import pytest
+from chain_setup import write_rows
 
+from mskd.chain import distill
 from mskd.config import RECIPES, load, parse, recipes
+from mskd.hardware import detect
+from mskd.nodes import Graph
 from mskd.sweep import cells, check_size, num_hops
 
 PAPER = {
@@ -105,3 +109,39 @@ def test_two_stages_and_each_stage_alone_train_as_many_steps_from_the_same_stude
     assert [p.objective for p in (*synthetic, *human)] == ["seqkd", "sft"]
     assert sum(p.steps for p in both) == synthetic[0].steps == human[0].steps
     assert all(config.models[path[-1]] == config.models["student"] for path in config.chain.paths)
+
+
+def on_the_tiny_model(name, model, rows):
+    """A recipe with the tests' tiny model for each of its models, and small data."""
+    config = load(name)
+    values = {f'models."{m}".source': str(model) for m, c in config.models.items() if c.source}
+    values |= {f'models."{m}".layers': max(1, c.layers // 8) for m, c in config.models.items() if c.layers}
+    data = {"source": str(rows), "test": 4, "validation": 3 if name in PAPER else 0, "template": "alpaca"}
+    values |= {f"data.{k}": v for k, v in data.items()} | {"run": {"device": "cpu"}}
+    return next(cells(config)).config.with_values(values)
+
+
+@pytest.mark.parametrize(("name", "models", "hops"), [("demo", 3, 3), ("two-stage", 4, 3), ("paper-gpt2", 4, 7),
+                                                      ("paper-opt", 4, 7), ("dolly-smollm2", 9, 10)])  # fmt: skip
+def test_a_recipe_shares_its_hops_and_passes_every_check_before_training(
+    name, models, hops, tiny_llama_folder, tmp_path
+):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    config = on_the_tiny_model(name, tiny_llama_folder, rows)
+    graph = Graph(config, tmp_path, detect("cpu"), lambda line: None)
+    kinds = [node.kind for node in graph.nodes.values()]
+    assert (kinds.count("model"), kinds.count("hop")) == (models, hops)
+    if name in PAPER:
+        assert all(node.phases for node in graph.nodes.values())  # every model is fine-tuned first
+    if name in DOLLY:
+        assert len({graph.nodes[path[-1]].hash for path in config.chain.paths}) == 1  # one initial student
+
+
+@pytest.mark.slow
+def test_two_stage_runs_to_its_end_on_the_tiny_model(tiny_llama_folder, tmp_path):
+    config = on_the_tiny_model("two-stage", tiny_llama_folder, write_rows(tmp_path / "rows.jsonl"))
+    short = {f"phases.{i}.steps": 2 for i in (0, 1)} | {"phases.0.teacher_responses.max_new_tokens": 8}
+    for name in ("synthetic", "human"):
+        short[f'hop."teacher>student-{name}".phases.0.steps'] = 2
+    run = distill(config.with_values(short), tmp_path / "out", echo=lambda line: None)
+    assert len(run.students) == 3 and all((folder / "model.safetensors").exists() for folder in run.students.values())
