@@ -2,6 +2,7 @@
 
     mskd distill demo --out demo-out
     mskd distill --teacher M --via '{layers = 22}' --student '{layers = 16}' --data FILE
+    mskd distill RECIPE --dry-run          mskd plan --teacher M --target 124M --write run.toml
     mskd evaluate MODEL --data FILE        mskd report RUN        mskd doctor
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 143 stopped with the state saved.
@@ -19,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mskd.config import Config, ConfigError, EvaluateConfig, load, parse
+from mskd.config import Config, ConfigError, EvaluateConfig, load, parse, to_toml
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 # click's, which typer brings along under a name that depends on its version
@@ -49,6 +50,9 @@ def distill(
     ] = None,
     set: Set = [],  # noqa: A002, B006
     yes: Annotated[bool, typer.Option("--yes", help="Go ahead however many hops there are to train.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List hops, cost and memory; fetch and train nothing.")
+    ] = False,
     out: Out = Path("out"),
 ) -> None:
     """Distil through a chain; the same command again goes on where it was stopped."""
@@ -57,6 +61,11 @@ def distill(
         if recipe is None
         else from_recipe(recipe, teacher, via, student, data, set)
     )
+    if dry_run:
+        from mskd.plan import budget_table
+
+        say("\n".join(budget_table(config)))
+        return
     from mskd.chain import distill as run
 
     result = run(config, out, yes=yes, echo=say)
@@ -64,6 +73,51 @@ def distill(
         say(f"{path}: {folder}")
     if result.summary:
         say(json.dumps(result.summary))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or a TOML file, instead of --teacher.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A known hub id; with --layers or --remove also a folder.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The student's size: 124M, 1.5B or a known hub id.")] = None,
+    family: Annotated[str | None, typer.Option(help="Where assistants come from; default: the teacher's.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers kept.")] = None,
+    remove: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers removed.")] = None,
+    data: Annotated[str, typer.Option(help="Instruction data of the runs planned.")] = "demo",
+    set: Set = [],  # noqa: A002, B006
+    write: Annotated[Path | None, typer.Option(help="Write the TOML that mskd distill takes to this new file.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Choose by short trial hops, kept under OUT/plan.")
+    ] = False,
+    out: Out = Path("out"),
+) -> None:
+    """Propose chains from a teacher to a student, with what each costs."""
+    from mskd import plan as planner
+
+    if write is not None and write.exists():
+        raise ConfigError(f"{write} exists and is not written over; give --write a new file")
+    if recipe is not None:
+        config = load(recipe, set)
+        question = planner.from_config(config)
+        proposals = question.proposals()
+        chosen = planner.with_paths(config, [p.path for p in proposals])
+    else:
+        question = planner.from_flags(teacher, target, family, layers, remove)
+        proposals = question.proposals()
+        chosen = config = parse(question.tree(data), set, where="flags")
+    say("\n".join(planner.proposals_table(proposals, question.models, config)))
+    if measure:
+        from mskd.trials import measure as run_trials
+        from mskd.trials import ranking_table
+
+        found = run_trials(config, out, say)
+        say("\n".join(ranking_table(found)))
+        chosen = planner.with_paths(found.config, [t.path for t in found.ranking[:1]])
+    if write is not None:
+        write.write_text(to_toml(chosen, "Proposed by mskd plan"), encoding="utf-8")
+        say(f"{write}: mskd distill {write}")
 
 
 @app.command()

@@ -57,7 +57,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"cost", "document", "figures", "page", "record", "results", "statistics", "summary", "tables", "trends"},
         set(),
     ),
-    "batches": (LEAVES | {"data", "models", "packing", "rollout", "objective", "hop"}, {"torch", "accelerate"}),
+    "responses": (LEAVES | {"data", "draw", "rollout", "hop"}, {"torch"}),
+    "batches": (
+        LEAVES | {"data", "draw", "models", "packing", "rollout", "objective", "responses", "hop"},
+        {"torch", "accelerate"},
+    ),
     "hop": (
         LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},
         {"torch", "accelerate"},
@@ -68,7 +72,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
         {"torch", "accelerate"},
     ),
-    "cli": ({"config", "chain", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
+    "sizes": ({"config"}, set()),
+    "budget": ({"config", "sizes", "models"}, set()),
+    "plan": ({"config", "sizes", "budget", "sweep"}, set()),
+    "trials": (LEAVES | {"plan", "chain", "nodes", "hop", "models", "data", "evaluate"}, set()),
+    "cli": ({"config", "chain", "plan", "trials", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
 }  # fmt: skip
 
 
