@@ -4,8 +4,11 @@ import tomllib
 
 import pytest
 
-from mskd.config import ConfigError, EvalConfig, MinillmPhase, load, parse, recipes, to_toml
+from mskd.checkpoint import digest
+from mskd.config import OBJECTIVES, ConfigError, EvalConfig, KdPhase, MinillmPhase, load, parse, recipes, to_toml
 
+# Of the demo's phases, before seqkd, gkd and distillm came: its finished nodes stay valid.
+DEMO_PHASES = "2e5951ec7bfae647795b7f18068f0bb41ccfac9da17888b018a19a0b1d1e5035"
 TREE = {
     "models": {
         "teacher": {"source": "somewhere"},
@@ -71,6 +74,22 @@ def test_a_hop_may_have_phases_of_its_own():
         ("models.ta.layer=3", "did you mean 'layers'?"),
         ("phases.0.steps=many", "phases.0.steps is 'many'"),
         ("phases.0.objective=ppo", "allowed: sft, kd, seqkd, gkd, distillm, minillm, lmops"),
+        (
+            "phases.0={objective='gkd', steps=1, beta=1.5}",
+            "beta is 1.5: input should be less than or equal to 1",
+        ),
+        (
+            "phases.0={objective='gkd', steps=1, student_share=2}",
+            "student_share is 2: input should be less",
+        ),
+        ("phases.0={objective='gkd', steps=1, betta=0}", "unknown key 'phases.0.betta'; did you mean 'beta'?"),
+        ("phases.0={objective='gkd', steps=1, rollouts=9}", "rollouts (9) must be a multiple of batch_size (8)"),
+        ("phases.0={objective='distillm', steps=1, skew=1}", "skew is 1: input should be less than 1"),
+        ("phases.0={objective='distillm', steps=1, divergence='jsd'}", "'skew_kl' or 'skew_reverse_kl'"),
+        ("phases.0={objective='seqkd', steps=1, teacher_responses={topp=1}}", "did you mean 'top_p'?"),
+        ("phases.0.teacher_responses={temperature=0}", "teacher_responses.temperature is 0: input should be greater"),
+        ("phases.0.teacher_responses={data_share=1}", "data_share is 1: input should be less than 1"),
+        ("models.teacher.prepare=[{objective='seqkd', steps=1}]", "without a teacher (sft), not seqkd"),
         ("phases.sft.lr=1", "allowed: 0, 1, kd, lmops"),
         ("phases.0.lr=-1", "greater than 0"),
         ("phases.0.keep=best", "needs eval_every"),
@@ -114,3 +133,27 @@ def test_a_file_that_is_no_toml_or_not_there(tmp_path):
     bad.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="no valid TOML"):
         load(bad)
+
+
+def test_every_objective_has_a_phase_that_says_what_it_needs():
+    assert list(OBJECTIVES) == ["sft", "kd", "seqkd", "gkd", "distillm", "minillm", "lmops"]
+    made = {name: phase.model_validate({"objective": name, "steps": 1}) for name, phase in OBJECTIVES.items()}
+    assert [name for name, phase in made.items() if phase.needs_responses] == ["sft", "kd", "gkd", "distillm"]
+    for changed, needs in [
+        ({"objective": "seqkd", "eval_every": 1}, True),
+        ({"objective": "seqkd", "teacher_responses": {"data_share": 0.5}}, True),
+        ({"objective": "kd", "teacher_responses": {}}, False),
+        ({"objective": "gkd", "student_share": 1}, False),
+        ({"objective": "gkd", "teacher_responses": {}}, False),
+    ]:
+        assert OBJECTIVES[changed["objective"]].model_validate({"steps": 1, **changed}).needs_responses == needs, (
+            changed
+        )
+
+
+def test_what_a_hash_covers_of_a_phase_is_what_it_was_before_there_were_teacher_responses():
+    old = KdPhase(steps=1).identity()
+    assert "teacher_responses" not in old and len(old) == len(KdPhase.model_fields) - 1
+    asked = KdPhase(steps=1, teacher_responses={}).identity()
+    assert asked["teacher_responses"]["max_new_tokens"] == 256
+    assert digest([p.identity() for p in load("demo").phases]) == DEMO_PHASES

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mskd import objective
-from mskd.config import KdPhase, MinillmPhase
+from mskd.config import DistillmPhase, GkdPhase, KdPhase, MinillmPhase
 from mskd.data import SequenceBatch
 from mskd.models import Head, Student, Teacher, head_of
 from mskd.rollout import Rollout, sample
@@ -217,6 +217,63 @@ def test_gradients_of_the_logits_equal_the_oracle(preset):
     value.backward()
     assert_equal(value, expected)
     assert_equal(logits.grad, torch.cat([leaf.grad for leaf in leaves]))
+
+
+def oracle_mixed(lq, lp, name, number):
+    """Divergence of one token, from the papers' definitions; p teacher, q student."""
+    p, q = lp.exp(), lq.exp()
+
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum()
+
+    if name == "skew_kl":
+        return kl(p, number * p + (1 - number) * q)
+    if name == "skew_reverse_kl":
+        return kl(q, (1 - number) * p + number * q)
+    if number in (0, 1):
+        return kl(p, q) if number == 0 else kl(q, p)
+    m = number * p + (1 - number) * q
+    return number * kl(p, m) + (1 - number) * kl(q, m)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("name", "number", "statistic"),
+    [
+        ("gkd", 0.0, "forward_kl"),
+        ("gkd", 0.3, "jsd"),
+        ("gkd", 1.0, "reverse_kl"),
+        ("skew_kl", 0.1, "skew_kl"),
+        ("skew_reverse_kl", 0.25, "skew_reverse_kl"),
+    ],
+)
+def test_gkd_and_distillm_equal_the_oracle(name, number, statistic, temperature):
+    student, teacher = gpt2(12, 1), gpt2(12, 2)
+    responses = [[3, 4, EOS], [EOS], [7, 7, 2, 9, 11, EOS], [5, 6]]
+    sequences = list(zip(PROMPTS, responses, strict=False))
+    n = sum(len(r) for r in responses)
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, response in sequences:
+        lq = oracle_logprobs(student, prompt, response, temperature)
+        lp = oracle_logprobs(teacher, prompt, response, temperature).detach()
+        total = total + sum(oracle_mixed(*row, name, number) for row in zip(lq, lp, strict=True))
+    (total / n).backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    if name == "gkd":
+        phase = GkdPhase(steps=1, beta=number, temperature=temperature)
+    else:
+        phase = DistillmPhase(steps=1, divergence=name, skew=number, temperature=temperature)
+    frozen, trained, found = teacher_of(teacher), Student(student), 0.0
+    for part in (sequences[:1], sequences[1:]):
+        batch = SequenceBatch.from_sequences([p for p, _ in part], [r for _, r in part], EOS)
+        loss = objective.divergence_loss(batch, frozen.hidden(batch), frozen.head, phase)
+        value, stats = trained(batch, loss.over(n))
+        value.backward()
+        assert set(stats) == {"tokens", statistic}
+        found += float(stats[statistic])
+    assert found == pytest.approx(float(total.detach()), abs=1e-9)
+    assert_equal(gradients(student), wanted)
 
 
 @pytest.mark.parametrize("kd_ratio, temperature", [(1.0, 1.0), (0.5, 2.0), (0.3, 0.7), (0.0, 1.0)])
