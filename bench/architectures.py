@@ -43,6 +43,8 @@ from mskd.checkpoint import write_json
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 TOKENS, VOCABULARY = 4096, 50257
+KINDS = (*DIVERGENCES, None)
+LOADS = "loads are counted in the PTX: the bundled disassembler (CUDA 13) knows no sm_70"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -80,15 +82,15 @@ GPUS = (  # data sheets: V100 SXM2, A100 SXM 80 GB, H100 SXM, H200 SXM; dense FL
 
 
 def variants(archs: Sequence[int], everything: bool) -> list[Variant]:
-    """Every variant that is worth compiling, or those that need most registers on each architecture."""
+    """Every kind and dtype on each architecture, one 16-bit dtype; or only what is used most and what is heaviest."""
     found = []
     for arch in archs:
         small = "fp16" if arch < 80 else "bf16"
         found += [Variant(arch, small, "reverse_kl"), Variant(arch, small, "skew_reverse_kl", capped=True)]
         if everything:
-            dtypes = [name for name in DTYPES if name != "bf16" or arch >= 80]
-            found += [Variant(arch, d, k, c) for d in dtypes for k in (*DIVERGENCES, None) for c in (False, True)]
-            found += [Variant(arch, d, k, False, False) for d in dtypes for k in DIVERGENCES]
+            found += [Variant(arch, d, k, c) for d in (small, "fp32") for k in KINDS for c in (False, True)]
+            found += [Variant(arch, "fp64", k, c) for k in ("reverse_kl", "skew_reverse_kl") for c in (False, True)]
+            found += [Variant(arch, small, k, wide=False) for k in ("reverse_kl", "skew_reverse_kl")]
     return list(dict.fromkeys(found))
 
 
@@ -137,7 +139,7 @@ def _row(variant: Variant, launch: _triton_rows.Launch) -> Row:
     assert all(special is None for name, (_, special) in bound.items() if name not in constants), bound
     types = {name: kind for name, (kind, _) in bound.items()}
     source = ASTSource(launch.kernel, types, constants, {})
-    binary = triton.compile(source, target=target, options={"num_warps": launch.warps})
+    binary = triton.compile(source, target=target, options=launch.options)
     loads = _loads(binary.asm)
     return {
         "kernel": launch.kernel.__name__.strip("_").removesuffix("_kernel"),
@@ -161,7 +163,7 @@ def _bound(launch: _triton_rows.Launch, target: GPUTarget) -> list[tuple[str, An
 def cache_key(launch: _triton_rows.Launch, arch: int) -> str:
     """The key under which Triton looks for the binary of a launch on such a GPU; a new key is a compilation."""
     target = GPUTarget("cuda", arch, 32)
-    options = make_backend(target).parse_options({"num_warps": launch.warps})
+    options = make_backend(target).parse_options(launch.options)
     return compute_cache_key({}, _bound(launch, target), options)
 
 
@@ -178,7 +180,7 @@ def _resources(cubin: bytes) -> Row:
 
 
 def _loads(asm: dict[str, Any]) -> Counter[int]:
-    """Bits a thread -> global load instructions, in the PTX: the bundled tools do not disassemble sm_70."""
+    """Bits a thread -> global load instructions, in the PTX."""
     found = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\s", asm["ptx"])
     return Counter(int(lanes or 1) * int(bits) for lanes, bits in found)
 
@@ -273,9 +275,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"this triton brings no {CUOBJDUMP.name}: registers and spills cannot be read")
     rows = compile_all(variants(options.arch, not options.smoke), options.processes)
     projected = compared(projections(), RESULTS)
-    print(table(rows, COMPILED), table(projected, PROJECTED), sep="\n\n", flush=True)
+    print(table(rows, COMPILED) + f"\n{LOADS}", table(projected, PROJECTED), sep="\n\n", flush=True)
     run = environment(torch.device("cpu"))
-    document = {"benchmark": "architectures", "run": run, "rows": rows, "projections": projected}
+    document = {"benchmark": "architectures", "run": run, "note": LOADS, "rows": rows, "projections": projected}
     if options.out is not None:
         write_json(options.out, document)
     print(json.dumps(document))

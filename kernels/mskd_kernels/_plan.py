@@ -35,6 +35,8 @@ class Plan(NamedTuple):
 
 
 MOST_PARTS = 64
+# A thread, at most: 16 warps fill a multiprocessor, 8 with float64 sums. Left alone, ptxas wants more, and spills.
+REGISTERS, REGISTERS_FLOAT64 = 128, 255
 _TILES_A_PART = 4  # at least: a part also reads the row's first columns and writes its sums
 _FILL = 4  # programs a multiprocessor that hide each other's waiting
 _L2_SHARE = 0.6  # of L2, for the rows that are being worked on; the rest is for what is written, and for luck

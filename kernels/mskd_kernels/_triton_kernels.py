@@ -634,15 +634,15 @@ def _fused_kernel(
 def _scale_kernel(out_ptr, factor_ptr, N: tl.int64, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        start, lanes = tl.multiple_of(out_ptr, 16), tl.arange(0, BLOCK)
-        full = N // BLOCK
+        lanes, full = tl.arange(0, BLOCK), N // BLOCK
         for i in range(tl.program_id(0), full, tl.num_programs(0)):
-            x = start + (tl.full([], 0, tl.int64) + i) * BLOCK + lanes
+            tile = out_ptr + (tl.full([], 0, tl.int64) + i) * BLOCK
+            x = tl.multiple_of(tile, 16) + lanes  # said of an argument itself, Triton forgets it
             tl.store(x, (tl.load(x) * factor).to(out_ptr.dtype.element_ty))
         if tl.program_id(0) == 0:
             last = full * BLOCK + lanes
-            x = tl.load(start + last, mask=last < N, other=0.0) * factor
-            tl.store(start + last, x.to(out_ptr.dtype.element_ty), mask=last < N)
+            x = tl.load(out_ptr + last, mask=last < N, other=0.0) * factor
+            tl.store(out_ptr + last, x.to(out_ptr.dtype.element_ty), mask=last < N)
 
 
 INTERPRETED = not isinstance(_statistics_kernel, triton.JITFunction)

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from mskd_kernels import _rows
-from mskd_kernels._plan import Chip, Plan, Shape, plan
+from mskd_kernels._plan import REGISTERS, REGISTERS_FLOAT64, Chip, Plan, Shape, plan
 from mskd_kernels._rows import Coefficients, Objective, RowOp, Side
 from mskd_kernels._triton_kernels import (
     INTERPRETED,
@@ -39,8 +39,14 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        sums = self.arguments.get("stats_ptr")
+        double = sums is not None and sums.dtype == torch.float64
+        return {"num_warps": self.warps, "maxnreg": REGISTERS_FLOAT64 if double else REGISTERS}
+
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps)
+        self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None, out: Tensor) -> None:
