@@ -1,6 +1,7 @@
 """The recipes: each parses, its paths and values are what it promises, its comparisons are fair. Nothing is fetched."""
 
 import itertools
+import socket
 
 import pytest
 from chain_setup import write_rows
@@ -9,6 +10,7 @@ from mskd.chain import distill
 from mskd.config import RECIPES, load, parse, recipes
 from mskd.hardware import detect
 from mskd.nodes import Graph
+from mskd.plan import budget_table
 from mskd.sweep import cells, check_size, num_hops
 
 PAPER = {
@@ -109,6 +111,19 @@ def test_two_stages_and_each_stage_alone_train_as_many_steps_from_the_same_stude
     assert [p.objective for p in (*synthetic, *human)] == ["seqkd", "sft"]
     assert sum(p.steps for p in both) == synthetic[0].steps == human[0].steps
     assert all(config.models[path[-1]] == config.models["student"] for path in config.chain.paths)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_dry_run_lists_every_hop_and_asks_no_network(name, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError("a dry run went to the network")
+
+    for call in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, call, refused)
+    config = load(name)
+    table = "\n".join(budget_table(config))
+    hops = {path[:n] for path in config.chain.paths for n in range(2, len(path) + 1)}
+    assert all(f"| {' > '.join(hop)} |" in table for hop in hops) and len(hops) == num_hops(config)
 
 
 def on_the_tiny_model(name, model, rows):
