@@ -140,10 +140,9 @@ def _edge(axes: Any, a: Spot, b: Spot) -> None:
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
-    y, end = a.y + HEIGHT / 2, b.y + HEIGHT / 2
-    bend = b.x - GAP_X / 2
-    points = [(a.x + WIDTH, y), (b.x - GAP_X, y), (bend, y), (bend, end), (b.x, end)]
-    codes = [Path.MOVETO, Path.LINETO, Path.CURVE4, Path.CURVE4, Path.CURVE4]
+    x, y, end = a.x + WIDTH, a.y + HEIGHT / 2, b.y + HEIGHT / 2
+    points = [(x, y), (x + GAP_X / 2, y), (x + GAP_X / 2, end), (x + GAP_X, end), (b.x, end)]
+    codes = [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4, Path.LINETO]
     axes.add_patch(PathPatch(Path(points, codes), fill=False, edgecolor="#8d97a5", linewidth=1.4))
 
 

@@ -4,7 +4,8 @@
     text = svg(nodes)
 
 From left to right models get smaller, each name has a column; a model reached along two paths is two nodes, for these
-are two models. Children stand below one another, a parent at the middle of its children.
+are two models. Children stand below one another, a parent at the middle of its children. An edge bends before the next
+column and then follows the row of its child, where no other node stands.
 """
 
 from __future__ import annotations
@@ -112,9 +113,8 @@ def svg(spots: list[Spot]) -> str:
 
 def _edge(a: Spot, b: Spot) -> str:
     x, y, end_x, end_y = a.x + WIDTH, a.y + HEIGHT / 2, b.x, b.y + HEIGHT / 2
-    bend = end_x - GAP_X / 2
-    curve = f"C{bend:g} {y:g} {bend:g} {end_y:g} {end_x:g} {end_y:g}"
-    return f'<path class="edge" d="M{x:g} {y:g} H{end_x - GAP_X:g} {curve}"/>'
+    curve = f"C{x + GAP_X / 2:g} {y:g} {x + GAP_X / 2:g} {end_y:g} {x + GAP_X:g} {end_y:g}"
+    return f'<path class="edge" d="M{x:g} {y:g} {curve} H{end_x:g}"/>'
 
 
 def _box(s: Spot) -> str:

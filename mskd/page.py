@@ -40,7 +40,7 @@ code { padding: .08em .3em } pre { padding: .7rem .9rem; white-space: pre-wrap; 
 table { border-collapse: collapse; min-width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .45rem .7rem; text-align: right; vertical-align: top; white-space: nowrap }
 th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); white-space: normal;
-  vertical-align: bottom } th.figure { min-width: 5.6rem }
+  vertical-align: bottom } th.figure { min-width: 6.2rem }
 tr + tr td { border-top: 1px solid var(--line) } td.name, th.name { text-align: left }
 td strong { background: var(--best); border-radius: .25rem; padding: .05em .25em }
 td small { display: block; color: var(--soft); font-size: .78rem }

@@ -50,7 +50,7 @@ def _report(sweep: Sequence[Stored]) -> list[Block]:
     """All blocks. Everything but results, comparisons and trends is the first setting's of a sweep."""
     first = sweep[0]
     blocks: list[Block] = [Heading(1, escaped(first.name)), Text(_introduction(sweep))]
-    blocks += _results(sweep) + _graph(first) + _trends(sweep) + _cost(first)
+    blocks += _results(sweep) + _trends(sweep) + _graph(sweep) + _cost(first)
     blocks += [Heading(2, "Hops"), *(block for hop in first.hops() for block in _hop(first, hop))]
     curves = [draw(first) for draw in (figures.losses, figures.reverse_kl, figures.validation)]
     shown_curves: list[Block] = [picture for picture in curves if picture]
@@ -104,8 +104,12 @@ def _seeds_note(stored: Stored) -> str:
     )
 
 
-def _graph(stored: Stored) -> list[Block]:
-    return [Heading(2, "All paths"), figures.graph(stored)]
+def _graph(sweep: Sequence[Stored]) -> list[Block]:
+    first = sweep[0]
+    only = f"From here on the models are those of {trends.grid_text(first.grid)}." if len(sweep) > 1 else ""
+    curves = f" Curves and answers are those of seed {first.seeds[0]}." if len(first.cells) > 1 else ""
+    note: list[Block] = [Text(f"{only}{curves}".strip(), note=True)] if only or curves else []
+    return [Heading(2, "All paths"), *note, figures.graph(first)]
 
 
 def _trends(sweep: Sequence[Stored]) -> list[Block]:

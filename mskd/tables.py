@@ -108,17 +108,18 @@ def figure(
 
 def compared(tests: Sequence[Mapping[str, Any]]) -> Table:
     """Every two paths, item by item."""
-    head = ["Compared", "Figure", "Difference", "p", "p, Holm", "Verdict"]
-    return Table(head, [_comparison(test) for test in tests])
+    head = ["a", "b", "Figure", "a - b", "p", "p, Holm", "Verdict"]
+    return Table(head, [_comparison(test) for test in tests], left=3)
 
 
 def _comparison(test: Mapping[str, Any]) -> list[str]:
-    field, a, b = test["field"], shown(test["a"]), shown(test["b"])
-    better = a if (test["mean"] > 0) == MORE[field] else b
-    verdict = f"`{better}` is better" if test["p_holm"] < LEVEL else "no difference is shown"
+    field = test["field"]
+    better = "a" if (test["mean"] > 0) == MORE[field] else "b"
+    verdict = f"**{better} is better**" if test["p_holm"] < LEVEL else "no difference is shown"
     mean_, low, high = (difference(field, test[name]) for name in ("mean", "low", "high"))
     p_values = [p_value(test[name]) for name in ("p", "p_holm")]
-    return [f"`{a}` - `{b}`", TITLE[field], f"{mean_} [{low}, {high}]", *p_values, verdict]
+    names = [f"`{shown(test[side])}`" for side in ("a", "b")]
+    return [*names, TITLE[field], f"{mean_} [{low}, {high}]", *p_values, verdict]
 
 
 def difference(field: str, value: float) -> str:

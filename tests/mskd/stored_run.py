@@ -180,7 +180,11 @@ def _cell(out, seed, grid, label, paths, sizes):
             if length == 1:
                 node["kind"] = "model"
             else:
-                nodes[path[length - 1]] = {**node, "kind": "model", "seconds": 0.0, "hash": f"start {label}"}
+                if path[length - 1] not in nodes:
+                    nodes[path[length - 1]] = {**node, "kind": "model", "seconds": 0.0, "hash": f"start {label}"}
+                    file = f"evals/{path[length - 1]}-{label}/set.jsonl"
+                    evaluation(out / file, kl={"teacher": 9.0}, nll=7, rouge=1, length=7)
+                    evals.append({"node": path[length - 1], "stage": "initial", "file": file, "label": "start"})
                 node |= {"phases": ["minillm"], "teacher": ">".join(path[: length - 1]), "student": path[length - 1]}
                 (out / node["dir"]).mkdir(parents=True)
                 done = {"tokens": 2000, "processes": 2, "device": "cuda", "hardware": "GPU X"}

@@ -121,11 +121,11 @@ def test_the_table_shows_chain_and_direct_and_the_winner_in_bold(run):
     assert [c.startswith("**") for c in direct] == [False, True, False, False, False, False, False]
     assert not any("**" in c for c in table["`teacher`"] + table["`teacher` > `ta`"])  # only students compete
     assert (chain[0], chain[-1], direct[-1], table["`teacher`"][-1]) == ("84.9 M", "11.0 min", "5.5 min", "–")
-    cells = re.search(r"\| (`teacher > ta > student` - `teacher > student` \| Reverse KL .*) \|", report)[1].split(
-        " | "
-    )
-    assert re.fullmatch(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", cells[2])
-    assert cells[5] == "`teacher > ta > student` is better"
+    compared = [line.strip("| ").split(" | ") for line in report.splitlines() if line.startswith("| `teacher > ")]
+    cells = next(c for c in compared if c[2] == "Reverse KL")
+    assert cells[:2] == ["`teacher > ta > student`", "`teacher > student`"]
+    assert re.fullmatch(r"-0\.\d+ \[-0\.\d+, -0\.\d+\]", cells[3])
+    assert cells[6] == "**a is better**"
 
 
 def test_paths_are_compared_by_permutation_and_corrected_together(run):

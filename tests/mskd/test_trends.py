@@ -88,7 +88,7 @@ def test_students_of_a_grid_are_shown_setting_by_setting(tmp_path):
     assert [(s.grid, s.seeds) for s in settings(run)] == [({"phases.kd.lr": v}, [0, 1]) for v in (0.1, 0.2)]
     report = write_report(run).read_text()
     assert report.count("### `phases.kd.lr = 0.2`\n\n| Teacher |") == 1
-    assert report.count("### `phases.kd.lr = 0.2`\n\n| Compared |") == 1
+    assert report.count("### `phases.kd.lr = 0.2`\n\n| a | b |") == 1
     assert [row[0] for row in trends.spread(settings(run)).rows] == [
         f"`phases.kd.lr = {v}`" for v in (0.1, 0.1, 0.2, 0.2)
     ]
@@ -171,6 +171,13 @@ def test_a_lost_record_of_a_hop_is_named_and_its_tokens_are_not_guessed(tmp_path
     assert "done.json of hops/ta-1" in write_report(run).read_text().split("## Absent")[1]
 
 
+def test_a_report_of_a_sweep_lacks_nothing(sweep):
+    report = write_report(sweep).read_text()
+    assert "Curves and answers are those of seed 0." in report
+    absent = report.split("## Absent")[1].strip().splitlines()
+    assert len(absent) == 7 and all("the metrics of" in line for line in absent)  # make_sweep writes none
+
+
 # -- the graph ------------------------------------------------------------------------------------
 
 
@@ -185,6 +192,9 @@ def test_the_graph_has_a_node_for_every_model_of_every_path(sweep):
     boxes = [(s.x, s.y) for s in spots.values()]
     for i, (x, y) in enumerate(boxes):
         assert not any(abs(x - a) < graph.WIDTH and abs(y - b) < graph.HEIGHT for a, b in boxes[:i])
+    for spot in (s for s in spots.values() if s.above):  # no node stands where an edge runs along its child's row
+        start = spots[spot.above].x + graph.WIDTH
+        assert not any(start < x < spot.x and abs(y - spot.y) < graph.HEIGHT / 2 for x, y in boxes)
 
 
 def test_the_drawing_holds_the_figures_and_an_edge_for_every_hop(sweep):
