@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 from browser import Browser, chromium
+from chain_setup import config, write_rows
 from stored_run import ALL_PATHS, CHAIN, DIRECT, change_index, file_of, make_run, make_sweep, metrics
 
+from mskd.chain import distill
 from mskd.cli import _run
 from mskd.config import ConfigError
 from mskd.document import Attachment, Code, Heading, Items, Table, Text, markdown
@@ -195,45 +197,68 @@ def test_pictures_show_the_same_paths_as_the_table(tmp_path):
 # -- in a browser ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="no chromium or google-chrome is installed (apt install chromium)")
-def test_a_browser_shows_the_report_and_asks_for_nothing_else(tmp_path):
-    run = make_sweep(tmp_path)
-    html = write_report(run).parent / "report.html"
-    tables = html.read_text().count("<table>")
+SLOW = pytest.mark.slow
+BROWSER = pytest.mark.skipif(
+    chromium() is None, reason="no chromium or google-chrome is installed (apt install chromium)"
+)
+VISIBLE = "[...document.querySelectorAll('{0}')].every(e => {{ const r = e.getBoundingClientRect(); return !!({1}) }})"
+LIGHTNESS = (
+    "(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0))(getComputedStyle(document.body).{0})"
+)
+CELLS = "[...document.querySelectorAll('table')[0].rows].map(r => [...r.cells].map(c => c.innerText))"
+
+
+def check(browser, html, width, dark, nodes):
+    """A report is whole, legible and quiet in a window of this width."""
+    browser.open(html, width=width, dark=dark)
+    assert browser.messages == [] and browser.requests[0] == html.as_uri()
+    assert all(url.startswith("data:image/png;base64,") for url in browser.requests[1:])
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    assert browser.ask("document.querySelectorAll('table').length") == html.read_text().count("<table>") >= 6
+    assert browser.ask(VISIBLE.format("td", "e.innerText.trim() && r.width > 4 && r.height > 8")) is True
+    assert browser.ask(VISIBLE.format("svg g", "r.width >= 160 && r.height >= 80")) is True
+    assert browser.ask("document.querySelectorAll('svg g').length") == nodes
+    assert browser.ask(VISIBLE.format("img", "e.complete && e.naturalWidth > 300 && r.width > 200")) is True
+    ink, paper = (browser.ask(LIGHTNESS.format(name)) for name in ("color", "backgroundColor"))
+    assert (ink > 600 > 150 > paper) if dark else (paper > 600 > 150 > ink)
+
+
+@SLOW
+@BROWSER
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_a_browser_shows_the_report_and_asks_for_nothing_else(tmp_path, width, dark):
+    html = write_report(make_sweep(tmp_path)).parent / "report.html"
     with Browser(chromium(), tmp_path / "profile") as browser:
-        for width, dark in ((1280, False), (390, False), (390, True)):
-            browser.open(html, width=width, dark=dark)
-            assert browser.messages == []
-            assert browser.requests[0] == html.as_uri()
-            assert all(url.startswith("data:image/png;base64,") for url in browser.requests[1:])
-            assert browser.ask("document.documentElement.scrollWidth") <= width
-            assert browser.ask("document.querySelectorAll('table').length") == tables >= 6
-            assert browser.ask(VISIBLE.format("td", "e.innerText.trim() && r.width > 4 && r.height > 8")) is True
-            assert browser.ask(VISIBLE.format("svg g", "r.width >= 160 && r.height >= 80")) is True
-            assert browser.ask("document.querySelectorAll('svg g').length") == 8
-            assert browser.ask(VISIBLE.format("img", "e.complete && e.naturalWidth > 300 && r.width > 200")) is True
-            assert browser.ask("document.querySelector('svg g.student text.best').textContent")[0].isdigit()
-            ink, paper = (
-                browser.ask(f"{LIGHTNESS}(getComputedStyle(document.body).color)"),
-                browser.ask(f"{LIGHTNESS}(getComputedStyle(document.body).backgroundColor)"),
-            )
-            assert (ink > 600 > 150 > paper) if dark else (paper > 600 > 150 > ink)
-        browser.open(html)
-        cells = browser.ask(
-            "[...document.querySelectorAll('table')[0].rows].map(r => [...r.cells].map(c => c.innerText))"
-        )
+        check(browser, html, width, dark, nodes=8)
+        assert browser.ask("document.querySelector('svg g.student text.best').textContent")[0].isdigit()
+        cells = browser.ask(CELLS)
     assert [row[1:3] for row in cells[1:]].count(["–", "student"]) == 1
     path = next(row for row in cells if row[1] == "big > small")
     assert "▲" in path[7] and len(cells) == 1 + len({tuple(p[:n]) for p in ALL_PATHS for n in range(1, len(p) + 1)})
 
 
-VISIBLE = "[...document.querySelectorAll('{0}')].every(e => {{ const r = e.getBoundingClientRect(); return !!({1}) }})"
-LIGHTNESS = "(c => c.match(/\\d+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0))"
+@SLOW
+@BROWSER
+def test_a_sweep_that_was_really_trained_is_shown_in_a_browser(tiny_llama_folder, tmp_path):
+    """All paths over two assistants, two seeds, on the tiny model: its report lacks nothing."""
+    models = {"teacher": {"source": str(tiny_llama_folder)}}
+    models |= {name: {"from": "teacher", "layers": n} for name, n in (("big", 3), ("small", 2), ("student", 1))}
+    rows = write_rows(tmp_path / "rows.jsonl")
+    settings = config(tiny_llama_folder, rows, models=models, chain={"paths": "all"}, seeds=[1, 2])
+    run = distill(settings, tmp_path / "out", echo=lambda line: None)
+    html = run.directory / "report.html"
+    with Browser(chromium(), tmp_path / "profile") as browser:
+        check(browser, html, 1280, False, nodes=8)
+        cells, sections = browser.ask(CELLS), browser.ask("[...document.querySelectorAll('h2')].map(h => h.innerText)")
+    assert len(cells) == 9 and not any("–" in row[4:9] for row in cells)
+    assert "Over the students" in sections and "Absent" not in sections
+    assert {p.name for p in run.directory.glob("*.png")} == {
+        "loss.png", "reverse_kl.png", "validation.png", "graph.png", "gain.png",
+    }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(chromium() is None, reason="no chromium or google-chrome is installed (apt install chromium)")
+@SLOW
+@BROWSER
 def test_the_browser_does_see_requests_and_refusals(tmp_path):
     """The check above can fail: a page that asks for more is seen doing so, and under our policy it is refused."""
     html = tmp_path / "x.html"
