@@ -293,6 +293,7 @@ class Chain:
             else:
                 done = self._train(node, node.start.folder, node.teacher)
             done |= {"key": node.key, "hash": node.hash, "versions": versions(), "hardware": self.hardware.name}
+            done |= {"device": self.hardware.device.type, "processes": self.accelerator.num_processes}
             if self.main:
                 checkpoint.write_json(node.directory / "done.json", done)
                 self._remove_states(node)
