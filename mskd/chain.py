@@ -37,7 +37,10 @@ SAMPLE_ROWS = 32  # training rows on which block influence is measured
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, the student of every path by 'teacher>...>student', and the report's figures."""
+    """A finished run: its folder, the student of every path, and the report's figures.
+
+    students: by 'teacher > ... > student'; in a sweep with the cell behind it: 'teacher > student (seed 1)'.
+    """
 
     directory: Path
     students: dict[str, Path]
