@@ -484,7 +484,7 @@ class Chain:
             "parameters": done["parameters"],
             "seconds": done.get("seconds", 0.0),
             "tokens": done.get("tokens", 0),
-            "phases": [p.objective for p in node.phases],
+            "phases": node.phase_names,
         }
         if node.teacher and node.start:
             entry |= {"teacher": node.teacher.key, "student": node.start.key}

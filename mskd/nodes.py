@@ -43,14 +43,19 @@ class Node:
         """The finished model: an ordinary transformers folder."""
         return self.source or self.directory / "model"
 
+    @property
+    def phase_names(self) -> list[str]:
+        """The phases by objective, with a number where one comes again: kd, sft, kd 2."""
+        objectives: list[str] = [p.objective for p in self.phases]
+        times = [objectives[: i + 1].count(name) for i, name in enumerate(objectives)]
+        return [name if n == 1 else f"{name} {n}" for name, n in zip(objectives, times, strict=True)]
+
     def stages(self) -> list[tuple[str, Path]]:
         """The models along this node's training, first to last, by name."""
         if self.teacher is None:
             return [("initial", self.folder)]
-        between = [
-            (f"after {p.objective}", self.directory / "phases" / f"{i}-{p.objective}")
-            for i, p in enumerate(self.phases[:-1])
-        ]
+        folders = [self.directory / "phases" / f"{i}-{p.objective}" for i, p in enumerate(self.phases[:-1])]
+        between = [(f"after {name}", folder) for name, folder in zip(self.phase_names, folders, strict=False)]
         return [*between, ("final", self.folder)]
 
 

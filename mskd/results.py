@@ -24,7 +24,7 @@ from mskd.statistics import Lines, holm, item_values, paired_bootstrap, paired_p
 
 Files = tuple[str, ...]  # the evaluations of one model, a file for each cell; empty where there is none
 
-ON_POLICY = ("minillm", "lmops")
+ON_POLICY = ("minillm", "lmops", "gkd", "distillm")  # phases that train on the student's own samples
 COMPARED = ("rouge_l", "perplexity", "reverse_kl")  # what students of two paths are compared by
 LEVEL = 0.05  # of significance, after Holm's correction over a run's comparisons
 
@@ -75,9 +75,10 @@ class Stored:
         return [p for p in self.paths if (p.split(">")[0], self.start(p)) == own]
 
     def direct(self, path: str) -> str | None:
-        """The direct hop that a path is judged against: to the model of its name, else its first direct rival."""
+        """The direct hop that a path is judged against: of a chain the one to its model's name; else the first one."""
         found = [p for p in self.rivals(path) if p.count(">") == 1]
-        return next((p for p in found if p.split(">")[-1] == path.split(">")[-1]), found[0] if found else None)
+        same = [p for p in found if p.split(">")[-1] == path.split(">")[-1] and p != path]
+        return (same or found or [None])[0]
 
     def stages(self, hop: str) -> list[tuple[str, Files]]:
         """(stage, evaluation files) of a hop in order: initial, after each phase, final."""
@@ -226,7 +227,7 @@ def on_policy(stored: Stored, hop: str) -> dict[str, Any] | None:
     hop's teacher and the top one, or None.
     """
     phases, stages = stored.nodes.get(hop, {}).get("phases", []), stored.stages(hop)
-    places = [i for i, phase in enumerate(phases) if phase in ON_POLICY]
+    places = [i for i, phase in enumerate(phases) if phase.split()[0] in ON_POLICY]
     if not places:
         return None
     (first, file_before), (last, file_after) = stages[places[0]], stages[places[-1] + 1]

@@ -25,6 +25,7 @@ from mskd.data import Example, Splits
 from mskd.hardware import detect
 from mskd.hop import Job
 from mskd.models import Student, Teacher, load_model
+from mskd.nodes import Node
 
 SMALL = {"batch_size": 4, "micro_batch_size": 2, "lr": 3e-3}
 DATA = (9, 8, 2)  # the data's response to every prompt
@@ -111,6 +112,15 @@ def test_a_round_does_not_depend_on_the_number_of_processes():
         assert set(part.sequences) == set(lanes(part.job, part.phase))
         found |= part.sequences
     assert found == whole.sequences
+
+
+def test_a_phase_that_comes_again_is_a_stage_of_its_own(tmp_path):
+    phases = [OBJECTIVES[name].model_validate({"objective": name, "steps": 1}) for name in ("kd", "sft", "kd", "gkd")]
+    top = Node("teacher", "teacher", "", tmp_path, None, ())
+    hop = Node("teacher>student", "student", "", tmp_path, None, tuple(phases), top, top)
+    assert hop.phase_names == ["kd", "sft", "kd 2", "gkd"]
+    assert [name for name, _ in hop.stages()] == ["after kd", "after sft", "after kd 2", "final"]
+    assert [folder.name for _, folder in hop.stages()] == ["0-kd", "1-sft", "2-kd", "model"]
 
 
 # -- in a chain ------------------------------------------------------------------------------------
