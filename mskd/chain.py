@@ -13,8 +13,6 @@ import dataclasses
 import importlib.metadata
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,6 +27,7 @@ from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
 from mskd.rollout import Interrupted
+from mskd.stop import Stop
 from mskd.sweep import Cell, cells, check_size, is_sweep
 from mskd.tracking import check_trackers
 
@@ -104,46 +103,6 @@ def evaluate_model(
     eos = end_token_id(tokenizer, settings.data.template)
     figures = evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
     return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
-
-
-class Stop:
-    """Ctrl-C and SIGTERM ask for a stop; a second signal ends the process at once.
-
-    While `polled` (a hop trains) the loop asks, saves and leaves. Elsewhere there is nothing to save, and Interrupted
-    is raised on the spot.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.polled = False
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    def check(self) -> None:
-        """Raise Interrupted where a stop was asked for."""
-        if self.signal is not None:
-            raise Interrupted
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[Stop]:
-        """Hear the signals within; in a thread other than the main one the caller's handling stays."""
-
-        def note(number: int, frame: Any) -> None:
-            self.signal = number
-            signal.signal(number, signal.SIG_DFL)
-            if not self.polled:
-                raise Interrupted
-
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

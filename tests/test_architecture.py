@@ -67,16 +67,22 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "accelerate"},
     ),
     "nodes": (LEAVES | {"data", "models", "optim"}, set()),
+    "stop": ({"rollout"}, set()),
     "chain": (
         LEAVES
-        | {"sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking", "report"},
+        | {"stop", "sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking"}
+        | {"report"},
         {"torch", "accelerate"},
     ),
     "sizes": ({"config"}, set()),
     "budget": ({"config", "sizes", "models"}, set()),
-    "plan": ({"config", "sizes", "budget", "sweep"}, set()),
+    "plan": ({"config", "sizes", "budget"}, set()),
+    "estimate": ({"config", "sizes", "budget", "plan", "sweep"}, set()),
     "trials": (LEAVES | {"plan", "chain", "nodes", "hop", "models", "data", "evaluate"}, set()),
-    "cli": ({"config", "chain", "plan", "trials", "report", "hardware", "rollout"}, {"typer", "mskd_kernels"}),
+    "cli": (
+        {"config", "chain", "plan", "estimate", "trials", "report", "hardware", "rollout"},
+        {"typer", "mskd_kernels"},
+    ),
 }  # fmt: skip
 
 
