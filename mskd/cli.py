@@ -62,7 +62,7 @@ def distill(
         else from_recipe(recipe, teacher, via, student, data, set)
     )
     if dry_run:
-        from mskd.plan import budget_table
+        from mskd.estimate import budget_table
 
         say("\n".join(budget_table(config)))
         return
@@ -85,7 +85,7 @@ def plan(
     family: Annotated[str | None, typer.Option(help="Where assistants come from; default: the teacher's.")] = None,
     layers: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers kept.")] = None,
     remove: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers removed.")] = None,
-    data: Annotated[str, typer.Option(help="Instruction data of the runs planned.")] = "demo",
+    data: Annotated[str | None, typer.Option(help="Instruction data of the runs planned; default: demo.")] = None,
     set: Set = [],  # noqa: A002, B006
     write: Annotated[Path | None, typer.Option(help="Write the TOML that mskd distill takes to this new file.")] = None,
     measure: Annotated[
@@ -95,19 +95,24 @@ def plan(
 ) -> None:
     """Propose chains from a teacher to a student, with what each costs."""
     from mskd import plan as planner
+    from mskd.estimate import proposals_table
 
-    if write is not None and write.exists():
-        raise ConfigError(f"{write} exists and is not written over; give --write a new file")
+    if write is not None and (write.exists() or not write.parent.is_dir()):
+        why = "exists and is not written over" if write.exists() else "is in no folder that exists"
+        raise ConfigError(f"{write} {why}; give --write a new file")
     if recipe is not None:
-        config = load(recipe, set)
+        for flag, value in (("target", target), ("family", family), ("layers", layers), ("remove", remove)):
+            if value is not None:
+                raise ConfigError(f"--{flag} goes with --teacher; {recipe} names its models itself")
+        config = from_recipe(recipe, teacher, None, None, data, set)
         question = planner.from_config(config)
         proposals = question.proposals()
         chosen = planner.with_paths(config, [p.path for p in proposals])
     else:
         question = planner.from_flags(teacher, target, family, layers, remove)
         proposals = question.proposals()
-        chosen = config = parse(question.tree(data), set, where="flags")
-    say("\n".join(planner.proposals_table(proposals, question.models, config)))
+        chosen = config = parse(question.tree(data or "demo"), set, where="flags")
+    say("\n".join(proposals_table(proposals, question.models, config)))
     if measure:
         from mskd.trials import measure as run_trials
         from mskd.trials import ranking_table

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mskd import sizes
-from mskd.budget import BANDWIDTH_SHARE, UTILISATION, Budget, Hop, hours, measured, num_rows, shapes_of, source_shape
+from mskd.budget import shapes_of, source_shape
 from mskd.config import Config, ConfigError
-from mskd.sizes import GPUS, Shape, short
-from mskd.sweep import num_cells
+from mskd.sizes import Shape, short
 
 GAP = 2.5  # of the law of the capacity gap: a teacher's size over its student's
 UNITS = {"": 1.0, "M": 1e6, "B": 1e9}
@@ -175,20 +174,21 @@ def _teacher(teacher: str) -> Shape:
 
 
 def from_config(config: Config) -> Question:
-    """From a configuration: its first path's ends, and all other models on its paths, big to small.
+    """From a configuration: its first teacher, its smallest student, and the models on its paths of sizes between.
 
     Raises ConfigError where the size of one of them is not known without fetching it.
     """
-    path = config.chain.paths[0]
     shapes = shapes_of(config)
-    on_paths = dict.fromkeys(name for p in config.chain.paths for name in p)
-    for name in on_paths:
+    for name in dict.fromkeys(name for path in config.chain.paths for name in path):
         if name not in shapes:
             raise ConfigError(f"the size of model {name!r} ({config.models[name].source}) is not known; fetch it first")
-    inner = sorted(set(on_paths) - {path[0], path[-1]}, key=lambda n: -shapes[n].parameters)
+    size = {name: shapes[name].parameters for path in config.chain.paths for name in path}
+    top = config.chain.paths[0][0]
+    end = min((path[-1] for path in config.chain.paths), key=lambda name: size[name])
+    inner = sorted((n for n in size if size[end] < size[n] < size[top]), key=lambda n: -size[n])
     if not inner:
-        raise ConfigError(f"{config.name} names no model but {path[0]!r} and {path[-1]!r}; put assistants on a path")
-    return Question({name: shapes[name] for name in (path[0], *inner, path[-1])}, layers=False)
+        raise ConfigError(f"{config.name} has no model between {top!r} and {end!r} in size; put assistants on a path")
+    return Question({name: shapes[name] for name in (top, *inner, end)}, layers=False)
 
 
 def with_paths(config: Config, paths: Sequence[Sequence[str]]) -> Config:
@@ -212,87 +212,3 @@ def _target(given: str) -> float:
     if shape is None:
         raise ConfigError(f"target {given!r} is no size; give a number like 124M or 1.5B, or one of: {_hubs()}")
     return shape.parameters
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def proposals_table(proposals: Sequence[Proposal], models: dict[str, Shape], config: Config) -> list[str]:
-    """Lines of Markdown: every chain with its sizes and what all of its hops cost."""
-    head = ["rule", "chain", "sizes", "wanted", *_cost_head(measured())]
-    rows = []
-    for p in proposals:
-        budget = Budget(with_paths(config, [p.path]), models, num_rows(config))
-        wanted = " > ".join(short(w) for w in p.wanted) or "-"
-        sized = " > ".join(short(models[n].parameters) for n in p.path)
-        rows.append([" and ".join(p.rules), " > ".join(p.path), sized, wanted, *_cost(budget)])
-    return _markdown(head, rows) + ["", *notes(config)]
-
-
-def budget_table(config: Config) -> list[str]:
-    """Lines of Markdown: every hop of a configuration with its cost, then the whole. Nothing is fetched."""
-    models = shapes_of(config)
-    budget = Budget(config, models, num_rows(config))
-    rates = measured()
-    head = ["hop", "parameters", "steps", *_cost_head(rates)[:-1]]
-    rows = [[h.key, short(h.parameters), _steps(h), *_cells(h, rates)] for h in budget.hops]
-    rows += [[key, "not known before it is fetched", *["?"] * (len(head) - 2)] for key in budget.unknown]
-    missing = [n for p in config.chain.paths for n in p if n not in models]
-    lines = _markdown(head, rows) + [""]
-    lines += [f"size not known: {name} ({config.models[name].source})" for name in dict.fromkeys(missing)]
-    disk = "?" if budget.disk is None else f"{budget.disk / 1e9:.3g} GB"
-    work = budget.work
-    cells = f"; as much for each of {num_cells(config)} runs at most" if num_cells(config) > 1 else ""
-    total = "not known" if work is None else f"{work.flops:.3g} FLOPs"
-    return [*lines, f"{len(rows)} trained nodes: {total}; disk {disk}{cells}", *notes(config)]
-
-
-def notes(config: Config) -> list[str]:
-    """What the figures assume."""
-    data = config.data
-    return [
-        f"Upper bounds: prompts of {data.max_prompt_tokens} tokens, sequences of {data.max_tokens}, every new token "
-        "used; no evaluation. Memory is an estimate, of one device.",
-        f"Hours of one GPU, projected where the column says so: {UTILISATION:.0%} of the dense 16-bit peak is assumed, "
-        f"decoding at no more than {BANDWIDTH_SHARE:.0%} of the memory bandwidth. Measured: from the FLOP/s that "
-        "bench.train_step reached on that machine, with the models of its rows.",
-    ]
-
-
-def _cost_head(rates: dict[str, float]) -> list[str]:
-    """The measured machines after the GPUs; a GPU with a measurement has that instead of its projection."""
-    columns = [f"h {g.name} ({'measured FLOP/s' if _rate(g.name, rates) else 'projected'})" for g in GPUS]
-    columns += [f"h {name} (measured FLOP/s)" for name in rates if not any(g.name in name for g in GPUS)]
-    return ["FLOPs", *columns, "memory", "disk"]
-
-
-def _rate(gpu: str, rates: dict[str, float]) -> float | None:
-    return next((rate for name, rate in rates.items() if gpu in name), None)
-
-
-def _cost(budget: Budget) -> list[str]:
-    """The cells of a whole chain: sums, but of memory the greatest of its hops."""
-    disk = "?" if budget.disk is None else f"{budget.disk / 1e9:.3g} GB"
-    peak = max((h.memory for h in budget.hops), default=0)
-    return [*_cells(Hop("", 0, budget.work, peak, None), measured()), disk]
-
-
-def _cells(hop: Hop, rates: dict[str, float]) -> list[str]:
-    """FLOPs, hours on every machine of the head, and memory."""
-    others = [rate for name, rate in rates.items() if not any(g.name in name for g in GPUS)]
-    memory = f"{hop.memory / 1e9:.3g} GB" if hop.memory else "?"
-    if hop.work is None:
-        return [*["?"] * (1 + len(GPUS) + len(others)), memory]
-    own = [(_rate(g.name, rates), g) for g in GPUS]
-    times = [hop.work.flops / rate / 3600 if rate else hours(hop.work, g) for rate, g in own]
-    times += [hop.work.flops / rate / 3600 for rate in others]
-    return [f"{hop.work.flops:.2e}", *(f"{t:.2g}" if t < 100 else f"{t:,.0f}" for t in times), memory]
-
-
-def _steps(hop: Hop) -> str:
-    return "?" if hop.steps is None else str(hop.steps)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]

@@ -11,7 +11,7 @@ from chain_setup import config, write_rows
 
 from mskd.budget import Budget, Work, forward, head, hours, measured, num_rows, num_steps, shapes_of, source_shape
 from mskd.cli import main
-from mskd.config import load, parse
+from mskd.config import load, parse, recipes
 from mskd.plan import GAP, from_config, from_flags, from_layers, from_sizes, law, midpoint
 from mskd.sizes import FAMILIES, GPUS, Shape, shape_of
 
@@ -99,6 +99,13 @@ def test_chains_of_a_configuration():
     question = from_config(load("demo"))
     assert list(question.models) == ["teacher", "ta", "student"]
     assert [p.path for p in question.proposals()] == [("teacher", "ta", "student"), ("teacher", "student")]
+
+
+def test_models_of_the_students_size_are_no_assistants():
+    question = from_config(load("paper-gpt2"))  # whose first path ends at an assistant
+    assert list(question.models) == ["gpt2-1.5B", "gpt2-760M", "gpt2-340M", "gpt2-120M"]
+    question = from_config(load("dolly-smollm2"))
+    assert [s.layers for s in question.models.values()] == [30, 24, 22, 20, 16]
 
 
 def test_flops_of_a_forward_by_hand():
@@ -242,10 +249,13 @@ def test_dry_run_says_what_it_does_not_know(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("recipe", ["demo"])
+@pytest.mark.parametrize("recipe", recipes())
 def test_dry_run_of_a_recipe(run, recipe):
     code, out, err = run("distill", recipe, "--dry-run")
-    assert code == 0 and not err and any("> student" in line for line in out)
+    hops = {path[:n] for path in load(recipe).chain.paths for n in range(2, len(path) + 1)}
+    shown = [line.split(" | ")[0].removeprefix("| ") for line in out if line.startswith("| ")]
+    assert code == 0 and not err and {" > ".join(hop) for hop in hops} <= set(shown)
+    assert not any("?" in line for line in out)  # all that a recipe needs is known without a download
 
 
 @pytest.mark.parametrize(
@@ -264,6 +274,9 @@ def test_dry_run_of_a_recipe(run, recipe):
         (["--teacher", "smollm2-135m", "--remove", "30"], "allowed: 1 to 29"),
         (["--teacher", "smollm2-135m", "--layers", "16", "--family", "opt"], "--family goes with --target"),
         (["demo", "--measure"], "set data.validation"),
+        (["demo", "--layers", "3"], "--layers goes with --teacher"),
+        (["demo", "--teacher", "x"], "--teacher goes without a recipe"),
+        (["demo", "--write", "/no/such/folder/run.toml"], "is in no folder that exists"),
     ],
 )  # fmt: skip
 def test_every_mistake_is_one_line(run, flags, says):
