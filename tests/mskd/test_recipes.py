@@ -2,15 +2,16 @@
 
 import itertools
 import socket
+import sys
 
 import pytest
 from chain_setup import write_rows
 
 from mskd.chain import distill
+from mskd.cli import main
 from mskd.config import RECIPES, load, parse, recipes
 from mskd.hardware import detect
 from mskd.nodes import Graph
-from mskd.plan import budget_table
 from mskd.sweep import cells, check_size, num_hops
 
 PAPER = {
@@ -114,14 +115,17 @@ def test_two_stages_and_each_stage_alone_train_as_many_steps_from_the_same_stude
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_dry_run_lists_every_hop_and_asks_no_network(name, monkeypatch):
+def test_a_dry_run_lists_every_hop_and_asks_no_network(name, monkeypatch, capsys):
     def refused(*args, **kwargs):
         raise AssertionError("a dry run went to the network")
 
     for call in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, call, refused)
-    config = load(name)
-    table = "\n".join(budget_table(config))
+    monkeypatch.setattr(sys, "argv", ["mskd", "distill", name, "--dry-run"])
+    with pytest.raises(SystemExit) as exited:
+        main()
+    table, config = capsys.readouterr().out, load(name)
+    assert exited.value.code == 0
     hops = {path[:n] for path in config.chain.paths for n in range(2, len(path) + 1)}
     assert all(f"| {' > '.join(hop)} |" in table for hop in hops) and len(hops) == num_hops(config)
 
