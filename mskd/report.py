@@ -82,8 +82,8 @@ def _results(sweep: Sequence[Stored]) -> list[Block]:
         blocks += [*title, tables.results(stored, tests)]
         if tests:
             compared += [*title, tables.compared(tests), Text(_tests_note(len(tests)), note=True)]
-    if any(s.direct(path) not in (None, path) for s in sweep for path in s.paths):
-        blocks.append(Text(_line(tables.LEGEND), note=True))
+    legend = tables.legend(sweep[0])
+    blocks += [Text(_line(legend), note=True)] if legend else []
     blocks.append(Text(_line(tables.DEFINITIONS) + _seeds_note(sweep[0]), note=True))
     return blocks + ([Heading(2, "Paths compared"), *compared] if compared else [])
 

@@ -78,7 +78,7 @@ class Stored:
         """The direct hop that a path is judged against: of a chain the one to its model's name; else the first one."""
         found = [p for p in self.rivals(path) if p.count(">") == 1]
         same = [p for p in found if p.split(">")[-1] == path.split(">")[-1] and p != path]
-        return (same or found or [None])[0]
+        return next(iter(same or found), None)
 
     def stages(self, hop: str) -> list[tuple[str, Files]]:
         """(stage, evaluation files) of a hop in order: initial, after each phase, final."""

@@ -40,7 +40,13 @@ an answer's tokens, then over the items). Answer: its mean length, EOS included.
 LEGEND = f"""\
 {BETTER} better, {WORSE} worse than the direct hop: paired permutation test over the test items, p < {LEVEL:g} after
 Holm's correction over the table of the paths compared. No mark: no difference is shown, or the figure is not tested
-(agreement, length)."""
+(agreement, length). The direct hop:"""
+
+
+def legend(stored: Stored) -> str:
+    """What the marks mean; "" where no path can be judged against a direct hop."""
+    judged = dict.fromkeys(d for path in stored.paths if (d := stored.direct(path)) not in (None, path))
+    return f"{LEGEND} {', '.join(f'`{shown(path)}`' for path in judged if path)}." if judged else ""
 
 
 def results(stored: Stored, tests: Sequence[Mapping[str, Any]]) -> Table:

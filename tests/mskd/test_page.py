@@ -246,6 +246,8 @@ def test_a_sweep_that_was_really_trained_is_shown_in_a_browser(tiny_llama_folder
     rows = write_rows(tmp_path / "rows.jsonl")
     settings = config(tiny_llama_folder, rows, models=models, chain={"paths": "all"}, seeds=[1, 2])
     run = distill(settings, tmp_path / "out", echo=lambda line: None)
+    done = [json.loads(p.read_text()) for p in (tmp_path / "out" / "hops").glob("*/done.json")]
+    assert len(done) == 14 and {(d["device"], d["processes"]) for d in done} == {("cpu", 1)}
     html = run.directory / "report.html"
     with Browser(chromium(), tmp_path / "profile") as browser:
         check(browser, html, 1280, False, nodes=8)

@@ -137,7 +137,9 @@ def test_students_cut_alike_under_other_names_are_rivals(tmp_path):
     change_index(run, lambda index: index["nodes"]["big"].update(hash="another"))
     stored = Stored(run)
     names = [">".join(p) for p in paths]
-    assert stored.rivals(names[2]) == names and stored.direct(names[2]) == names[1] != stored.direct(names[0])
+    assert stored.rivals(names[2]) == names
+    assert [stored.direct(n) for n in names] == [names[0], names[0], names[1]]  # a chain: the hop to its own student
+    assert "The direct hop: `teacher > student-sft`, `teacher > student`." in tables.legend(stored)
     change_index(run, lambda index: index["nodes"]["student-sft"].update(hash="another start"))
     assert Stored(run).rivals(names[2]) == names[1:] and len(comparisons(Stored(run))) == 3
 
