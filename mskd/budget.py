@@ -256,7 +256,7 @@ def measured(folder: Path = RESULTS) -> dict[str, float]:
         stored = json.loads(file.read_text(encoding="utf-8"))
         for row in stored.get("rows", []):
             work = _benched(row) if row.get("benchmark") == "train_step" and row.get("provider") == "mskd" else None
-            run = stored["runs"].get(row.get("run"), {})
+            run = stored.get("runs", {}).get(row.get("run"), {})
             if work is not None:
                 name = str(run.get("name", file.stem)) + (
                     f", {run['cores']} cores" if run.get("device") == "cpu" else ""
