@@ -39,8 +39,7 @@ code { padding: .08em .3em } pre { padding: .7rem .9rem; white-space: pre-wrap; 
   margin: .8rem 0 }
 table { border-collapse: collapse; min-width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums }
 th, td { padding: .45rem .7rem; text-align: right; vertical-align: top; white-space: nowrap }
-th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); white-space: normal;
-  vertical-align: bottom } th.figure { min-width: 6.2rem }
+th { color: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom }
 tr + tr td { border-top: 1px solid var(--line) } td.name, th.name { text-align: left }
 td strong { background: var(--best); border-radius: .25rem; padding: .05em .25em }
 td small { display: block; color: var(--soft); font-size: .78rem }
@@ -100,7 +99,8 @@ def _block(block: Block, folder: Path) -> str:
 def _table(block: Table) -> str:
     """A table in a box that scrolls by itself; on a phone a cell is shown beside its label."""
     kinds = ["name"] * block.left + ["figure"] * (len(block.head) - block.left)
-    head = "".join(f'<th class="{kind}">{inline(text)}</th>' for kind, text in zip(kinds, block.head, strict=True))
+    titles = [re.sub("([,:]) ", r"\1 <br>", inline(text)) for text in block.head]
+    head = "".join(f'<th class="{kind}">{title}</th>' for kind, title in zip(kinds, titles, strict=True))
     rows = "".join(f"<tr>{_cells(block, kinds, row)}</tr>" for row in block.rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
