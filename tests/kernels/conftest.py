@@ -3,16 +3,10 @@
 Uninitialised memory is filled with NaN, so that reading it is seen.
 """
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton's own functions are defined: before anything imports it
-
 import warnings
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -46,7 +48,7 @@ def build(config, seed: int = 0) -> PreTrainedModel:
     """A random model with biases and norms that are not trivial, so that leaving one out is seen."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()  # a test may change its model's
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:
