@@ -23,6 +23,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)-bench
 	$(BIN)/python -m bench.kl_kernel
+	$(BIN)/python -m bench.rollout
+	$(BIN)/python -m bench.train_step
 
 # The versions that were tested together, from constraints.txt; the package itself has no upper bounds.
 $(STAMP): pyproject.toml constraints.txt
