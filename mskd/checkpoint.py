@@ -1,12 +1,14 @@
 """The store on disk: hashes, locks, atomic writes and resumable states.
 
 Nothing here is ever half there: a file or folder is written beside its place under a temporary name, flushed to the
-disk, then renamed. What a kill leaves behind is a temporary name: nobody reads it, the lock's next owner removes it.
+disk, then renamed. What a kill leaves behind is a temporary name: nobody reads it, the lock's next owner or the file's
+next writer removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -62,7 +64,19 @@ def write_text(path: Path, text: str) -> None:
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
+    _remove_unfinished(path)
     _sync_folder(path.parent)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what killed processes left of the same file: some folders, such as evals/, have no lock to do it under."""
+    for tmp in path.parent.glob(f"{_TMP}{glob.escape(path.name)}-*"):
+        try:
+            os.kill(int(tmp.name.rpartition("-")[2]), 0)
+        except ProcessLookupError:
+            tmp.unlink(missing_ok=True)
+        except (ValueError, OSError):
+            pass  # not ours, or of a process that lives
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -120,3 +120,15 @@ def test_a_damaged_node_is_found(tmp_path, harm):
 
 def test_no_done_file_means_not_done(tmp_path):
     assert checkpoint.read_done(tmp_path) is None
+
+
+def test_what_a_killed_writer_left_of_a_file_goes_with_the_next_write(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living = (tmp_path / f".tmp-a.jsonl-{pid}" for pid in (dead.pid, os.getppid()))
+    other = tmp_path / f".tmp-b.jsonl-{dead.pid}"
+    for path in (left, living, other):
+        path.write_text("half")
+    checkpoint.write_text(tmp_path / "a.jsonl", "whole")
+    assert (tmp_path / "a.jsonl").read_text() == "whole"
+    assert not left.exists() and living.exists() and other.exists()
