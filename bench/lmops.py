@@ -39,7 +39,7 @@ from torch.nn.functional import log_softmax, pad, softmax
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench.round_case import Case
-from mskd.config import MinillmPhase
+from mskd.phases import MinillmPhase
 from mskd.rollout import Rollout
 
 

@@ -31,11 +31,12 @@ from bench.lengths import random_prompts, uniform
 from bench.shapes import SHAPES, random_model
 from mskd import batches, hop
 from mskd.chain import make_accelerator
-from mskd.config import KdPhase, parse
+from mskd.config import parse
 from mskd.data import Example, Splits
 from mskd.hardware import detect, keep_freed_memory
 from mskd.models import Student, Teacher, copy_as
 from mskd.optim import make_optimizer
+from mskd.phases import KdPhase
 
 CHECKPOINT, CHUNK, PACK = {"gradient_checkpointing": True}, {"loss_chunk_mb": 32}, {"batching": "pack"}
 SMALL, EIGHT_BIT = {"micro_batch_size": 2}, {"optimizer": "adamw_8bit"}

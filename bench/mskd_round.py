@@ -17,10 +17,11 @@ import torch
 
 from bench.round_case import Case
 from mskd import batches, hop
-from mskd.config import MinillmPhase, Precision, parse
+from mskd.config import Precision, parse
 from mskd.data import Example, Splits
 from mskd.models import Student, Teacher
 from mskd.optim import make_optimizer
+from mskd.phases import MinillmPhase
 from mskd.rollout import Rollout
 
 PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

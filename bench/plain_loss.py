@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from mskd.config import MinillmPhase
+from mskd.phases import MinillmPhase
 from mskd.rollout import Rollout
 
 

@@ -48,9 +48,9 @@ from bench.harness import (
 from bench.lengths import Answers, random_prompts, uniform
 from bench.lmops import Mixed
 from bench.shapes import SHAPES, random_model
-from mskd.config import MinillmPhase
 from mskd.models import Teacher
 from mskd.objective import score
+from mskd.phases import MinillmPhase
 from mskd.rollout import sample
 
 PROMPTS, ANSWERS = (16, 128), (16, 256)

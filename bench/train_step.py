@@ -53,8 +53,8 @@ from bench.plain_loss import plain_loss
 from bench.round_case import Case, Size
 from bench.shapes import SHAPES
 from bench.trl_step import TrlStep
-from mskd.config import MinillmPhase
 from mskd.hardware import detect
+from mskd.phases import MinillmPhase
 from mskd.rollout import Rollout
 
 CPU = Size(rollouts=8, batch=8, epochs=4, decoded=8, phases=1, steps=3)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bench.round_case import Case
-from mskd.config import MinillmPhase
+from mskd.phases import MinillmPhase
 from mskd.rollout import Rollout
 
 

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
-from mskd.config import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SeqkdPhase, SftPhase
 from mskd.data import Example, SequenceBatch, end_token_id, order
 from mskd.draw import uniforms
 from mskd.models import copy_as
 from mskd.packing import cut, fill_rows
+from mskd.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SeqkdPhase, SftPhase
 from mskd.responses import Tick, answered
 from mskd.rollout import Rollout, sample
 

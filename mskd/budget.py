@@ -26,17 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mskd import sizes
-from mskd.config import (
-    Config,
-    ConfigError,
-    DistillmPhase,
-    GkdPhase,
-    KdPhase,
-    MinillmPhase,
-    OnPolicyPhase,
-    Phase,
-    SeqkdPhase,
-)
+from mskd.config import Config, ConfigError
+from mskd.phases import DistillmPhase, GkdPhase, KdPhase, MinillmPhase, OnPolicyPhase, Phase, SeqkdPhase
 from mskd.sizes import GpuFacts, Shape
 
 UTILISATION = 0.35  # assumed share of a GPU's dense 16-bit peak, of training and scoring

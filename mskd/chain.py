@@ -21,11 +21,12 @@ from typing import Any
 
 from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
-from mskd.config import Config, ConfigError, EvaluateConfig, MinillmPhase, ModelConfig, RunConfig, load, parse, to_toml
+from mskd.config import Config, ConfigError, EvaluateConfig, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.data import SequenceBatch, end_token_id, load_data, load_items
 from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
+from mskd.phases import MinillmPhase
 from mskd.rollout import Interrupted
 from mskd.stop import Stop
 from mskd.sweep import Cell, cells, check_size, is_sweep

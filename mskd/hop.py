@@ -21,11 +21,12 @@ import torch
 
 from mskd import checkpoint, objective
 from mskd.batches import Micro, Supervised, source_of, supervised
-from mskd.config import Config, ConfigError, MinillmPhase, Mixed, Phase
+from mskd.config import Config, ConfigError
 from mskd.data import Splits
 from mskd.hardware import Hardware
 from mskd.models import Student, Teacher, save_model
 from mskd.optim import learning_rate, make_optimizer
+from mskd.phases import MinillmPhase, Mixed, Phase
 from mskd.rollout import Interrupted
 from mskd.tracking import Tracker
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mskd import checkpoint, models
-from mskd.config import Config, ConfigError, ModelConfig, Phase
+from mskd.config import Config, ConfigError, ModelConfig
 from mskd.data import Splits, load_data, load_text
 from mskd.hardware import Hardware
 from mskd.optim import check_optimizer
+from mskd.phases import Phase
 
 Text = tuple[tuple[int, ...], ...]  # blocks of token ids
 

@@ -30,9 +30,9 @@ from mskd_kernels import (
 )
 from torch import Tensor
 
-from mskd.config import DistillmPhase, KdPhase, MinillmPhase, Mixed
 from mskd.data import SequenceBatch
 from mskd.models import Head
+from mskd.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed
 from mskd.rollout import Rollout
 
 Stats = dict[str, Tensor]

@@ -11,7 +11,7 @@ import torch
 from mskd.quantize import import_bitsandbytes
 
 if TYPE_CHECKING:
-    from mskd.config import PhaseBase
+    from mskd.phases import PhaseBase
 
 
 def make_optimizer(model: torch.nn.Module, phase: PhaseBase) -> torch.optim.Optimizer:

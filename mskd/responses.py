@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from mskd import checkpoint
-from mskd.config import ConfigError, TeacherResponses
+from mskd.config import ConfigError
 from mskd.data import Example, end_token_id
 from mskd.draw import uniforms
+from mskd.phases import TeacherResponses
 from mskd.rollout import sample
 
 if TYPE_CHECKING:

@@ -21,11 +21,12 @@ from typing import Any, Literal
 
 from mskd import checkpoint, evaluate, models
 from mskd.chain import distill
-from mskd.config import Config, ConfigError, Phase, all_paths
+from mskd.config import Config, ConfigError, all_paths
 from mskd.data import end_token_id
 from mskd.hardware import Hardware, detect
 from mskd.hop import resolve_steps
 from mskd.nodes import Graph
+from mskd.phases import Phase
 from mskd.plan import from_config, with_paths
 
 SHARE = 1 / 3  # of the full sweep's steps, at most

@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STDLIB = set(sys.stdlib_module_names)
 
-LEAVES = {"config", "hardware", "checkpoint"}  # what every module below the loop may use
+LEAVES = {"config", "phases", "hardware", "checkpoint"}  # what every module below the loop may use
 # module -> (mskd modules it may import, third-party packages)
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "__init__": ({"config", "chain"}, set()),
     "__main__": ({"cli"}, set()),
-    "config": (set(), {"pydantic"}),
+    "phases": (set(), {"pydantic"}),
+    "config": ({"phases"}, {"pydantic"}),
     "sweep": ({"config"}, set()),
     "hardware": ({"config"}, {"torch", "mskd_kernels"}),
     "checkpoint": ({"config"}, {"torch", "safetensors"}),
-    "optim": ({"config", "quantize"}, {"torch"}),
+    "optim": ({"config", "phases", "quantize"}, {"torch"}),
     "draw": (set(), {"torch"}),
     "statistics": ({"config"}, {"numpy", "scipy"}),
     "quantize": ({"config"}, {"torch", "transformers", "bitsandbytes"}),
@@ -75,7 +76,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "accelerate"},
     ),
     "sizes": ({"config"}, set()),
-    "budget": ({"config", "sizes", "models"}, set()),
+    "budget": ({"config", "phases", "sizes", "models"}, set()),
     "plan": ({"config", "sizes", "budget"}, set()),
     "estimate": ({"config", "sizes", "budget", "plan", "sweep"}, set()),
     "trials": (LEAVES | {"plan", "chain", "nodes", "hop", "models", "data", "evaluate"}, set()),

@@ -88,14 +88,9 @@ def fused(
     """`_rows.fused` for N > 0: one kernel where the rows being worked on fit in L2, else one after the other."""
     dtype = _rows.accumulate_dtype(s, t)
     chosen = _plan(op, s, t, dtype)
-    stats = torch.zeros(s.shape[0], _rows.COLUMNS, dtype=dtype, device=s.device)
     if chosen.fused is None:
-        statistics(op, s, t, tokens, live, stats)
-        losses, clipped, coefficients = _rows.evaluate(objective, stats)
-        if live is not None:
-            losses, clipped = losses.masked_fill(~live, 0.0), clipped & live
-        _rows.gradient(op, s, t, tokens, stats, coefficients, out, live)
-        return stats, losses, clipped
+        return _rows.in_steps(op, s, t, tokens, objective, out, live)
+    stats = torch.zeros(s.shape[0], _rows.COLUMNS, dtype=dtype, device=s.device)
     losses = torch.zeros_like(stats[:, 0])
     clipped = torch.zeros_like(losses, dtype=torch.bool)
     with _on(s):

@@ -13,13 +13,14 @@ from transformers import AttentionInterface
 
 from mskd import objective
 from mskd.batches import OnPolicy, forwards, lay_out
-from mskd.config import ConfigError, KdPhase, MinillmPhase, parse
+from mskd.config import ConfigError, parse
 from mskd.data import Example, SequenceBatch, Splits
 from mskd.hardware import detect
 from mskd.hop import Job, backward, real_tokens
 from mskd.models import Student, Teacher, check_offload
 from mskd.offload import Waiting
 from mskd.packing import REAL, cut, fill_rows
+from mskd.phases import KdPhase, MinillmPhase
 
 
 def lengths_of(kind, n, seed=0):

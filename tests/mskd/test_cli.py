@@ -1,12 +1,11 @@
 """The command line: plain flags, exit codes, and one line on stderr for every mistake; nothing is written over."""
 
 import json
-import sys
 
 import pytest
 from chain_setup import mskd, tree, write_rows
 
-from mskd.cli import from_flags, main
+from mskd.cli import from_flags
 from mskd.config import parse, to_toml
 
 SMALL = [
@@ -15,20 +14,6 @@ SMALL = [
     "--set", "phases.minillm.max_new_tokens=4",
     "--set", "evaluation.max_new_tokens=4", "--set", "run.device=cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process: exit code, lines of stdout, lines of stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mskd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out.splitlines(), shown.err.splitlines()
-
-    return call
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import tomllib
 import pytest
 
 from mskd.checkpoint import digest
-from mskd.config import OBJECTIVES, ConfigError, EvalConfig, KdPhase, MinillmPhase, load, parse, recipes, to_toml
+from mskd.config import ConfigError, EvalConfig, load, parse, recipes, to_toml
+from mskd.phases import OBJECTIVES, KdPhase, MinillmPhase
 
 # Of the demo's phases, before seqkd, gkd and distillm came: its finished nodes stay valid.
 DEMO_PHASES = "2e5951ec7bfae647795b7f18068f0bb41ccfac9da17888b018a19a0b1d1e5035"

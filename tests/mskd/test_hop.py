@@ -11,11 +11,12 @@ import torch.multiprocessing as mp
 from tiny import build_llama, build_tokenizer
 
 from mskd import batches, checkpoint, objective
-from mskd.config import ConfigError, KdPhase, MinillmPhase, SftPhase
+from mskd.config import ConfigError
 from mskd.data import SequenceBatch, order
 from mskd.hop import backward, resolve_steps
 from mskd.models import Student, Teacher
 from mskd.optim import check_optimizer, learning_rate, make_optimizer
+from mskd.phases import KdPhase, MinillmPhase, SftPhase
 from mskd.rollout import Rollout
 
 

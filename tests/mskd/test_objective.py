@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mskd import objective
-from mskd.config import DistillmPhase, GkdPhase, KdPhase, MinillmPhase
 from mskd.data import SequenceBatch
 from mskd.models import Head, Student, Teacher, head_of
+from mskd.phases import DistillmPhase, GkdPhase, KdPhase, MinillmPhase
 from mskd.rollout import Rollout, sample
 
 EOS = 1

@@ -1,7 +1,6 @@
 """The planner: sizes against transformers, chains and costs by hand, the TOML it writes, one line for every mistake."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ import transformers
 from chain_setup import config, write_rows
 
 from mskd.budget import Budget, Work, forward, head, hours, measured, num_rows, num_steps, shapes_of, source_shape
-from mskd.cli import main
 from mskd.config import load, parse, recipes
 from mskd.plan import GAP, from_config, from_flags, from_layers, from_sizes, law, midpoint
 from mskd.sizes import FAMILIES, GPUS, Shape, shape_of
@@ -203,20 +201,6 @@ def test_a_folder_says_its_own_size(tiny_llama_folder, tmp_path):
 
 
 # -- the command line -----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process: exit code, lines of stdout, lines of stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mskd", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        shown = capsys.readouterr()
-        return exit_.value.code, shown.out.splitlines(), shown.err.splitlines()
-
-    return call
 
 
 def test_what_plan_writes_is_what_distill_takes(run, tmp_path):

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from tiny import build_llama, build_tokenizer
 
 from mskd import responses
-from mskd.config import ConfigError, KdPhase, SeqkdPhase, TeacherResponses, parse
+from mskd.config import ConfigError, parse
 from mskd.data import Example, Splits
 from mskd.hardware import detect
 from mskd.hop import Job
 from mskd.models import Teacher
+from mskd.phases import KdPhase, SeqkdPhase, TeacherResponses
 from mskd.rollout import Interrupted
 
 PROMPTS = [tuple(range(4 + i, 8 + 2 * i)) for i in range(20)]

@@ -22,9 +22,10 @@ from transformers import (
 )
 
 from mskd import decode, objective, slots
-from mskd.config import ConfigError, MinillmPhase
+from mskd.config import ConfigError
 from mskd.draw import _inverse_cdf, draw, uniforms
 from mskd.models import Teacher
+from mskd.phases import MinillmPhase
 from mskd.rollout import Interrupted, sample
 
 EOS, PAD = 1, 0

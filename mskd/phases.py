@@ -1,0 +1,255 @@
+"""Phases: what a model is trained on, one after the other. Each objective is a class, each of its terms a field.
+
+phase = MinillmPhase(steps=100, mix_alpha=0.1)          # or OBJECTIVES["minillm"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Keep = Literal["last", "best"]
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class PhaseBase(Frozen):
+    """Fields that every phase has. Sequences are counted over all processes."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; with epochs, whichever comes first")
+    epochs: float | None = Field(None, gt=0, description="passes over the training prompts")
+    batch_size: int = Field(8, ge=1, description="sequences in one optimizer step")
+    micro_batch_size: int = Field(8, ge=1, description="sequences at most in one forward of one process")
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    weight_decay: float = Field(1e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    grad_clip: float = Field(1.0, gt=0)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes' 8-bit states")
+    keep: Keep = "last"
+    eval_every: int | None = Field(None, ge=1, description="steps between validations; needed by keep = 'best'")
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> PhaseBase:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("a phase needs steps or epochs; give at least one of them")
+        if self.keep == "best" and self.eval_every is None:
+            raise ValueError("keep = 'best' needs eval_every, the number of steps between validations")
+        return self
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether the phase trains or validates on responses of the data."""
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What a node's hash covers. A field that came later is left out while it is off: old nodes stay valid."""
+        return {k: v for k, v in self.model_dump().items() if k != "teacher_responses" or v is not None}
+
+
+class TeacherResponses(Frozen):
+    """How the teacher answers the training prompts: once, before the phase begins. top_k = 1 is greedy decoding.
+
+    A response that reaches max_new_tokens has no end token.
+    """
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
+    data_share: float = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
+
+
+class SftPhase(PhaseBase):
+    """Cross-entropy on the responses of the data."""
+
+    objective: Literal["sft"] = "sft"
+
+
+class KdPhase(PhaseBase):
+    """(1 - kd_ratio) CE + kd_ratio T^2 KL(teacher || student) at temperature T (Hinton et al. 2015).
+
+    On the responses of the data, or with `teacher_responses` on the teacher's.
+    """
+
+    objective: Literal["kd"] = "kd"
+    kd_ratio: float = Field(1.0, ge=0, le=1)
+    temperature: float = Field(1.0, gt=0)
+    teacher_responses: TeacherResponses | None = None
+
+    @property
+    def needs_responses(self) -> bool:
+        return _needs_data(self.teacher_responses, self.eval_every)
+
+
+class SeqkdPhase(PhaseBase):
+    """Cross-entropy on the teacher's responses to the training prompts: sequence-level distillation.
+
+    Kim and Rush, EMNLP 2016, who take the teacher's best answer by beam search; here it is sampled, or with
+    teacher_responses.top_k = 1 decoded greedily. Validation is on the data's responses.
+    """
+
+    objective: Literal["seqkd"] = "seqkd"
+    teacher_responses: TeacherResponses = TeacherResponses()
+
+    @property
+    def needs_responses(self) -> bool:
+        return _needs_data(self.teacher_responses, self.eval_every)
+
+
+def _needs_data(teacher: TeacherResponses | None, eval_every: int | None) -> bool:
+    return teacher is None or teacher.data_share > 0 or eval_every is not None
+
+
+class OnPolicyPhase(PhaseBase):
+    """Fields of the phases that train on the student's own samples, drawn anew each round."""
+
+    rollouts: int | None = Field(
+        None, ge=1, description="sequences of one round, over all processes; default: batch_size, a round each step"
+    )
+    rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
+    max_new_tokens: int = Field(256, ge=1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> OnPolicyPhase:
+        if self.per_round % self.batch_size:
+            raise ValueError(f"rollouts ({self.rollouts}) must be a multiple of batch_size ({self.batch_size})")
+        return self
+
+    @property
+    def per_round(self) -> int:
+        """Sequences of one round."""
+        return self.rollouts or self.batch_size
+
+
+class MixedPhase(OnPolicyPhase):
+    """Fields of gkd and distillm: a divergence per token, on responses of the student among those of the data.
+
+    Each sequence of a round is the student's with probability student_share, else the data's, or with
+    `teacher_responses` the teacher's. (The papers draw so for a whole batch: the same in the mean, with more variance.)
+    No gradient goes through the sampling. The loss is the mean over the tokens of a batch; no factor T^2.
+    """
+
+    student_share: float = Field(0.5, ge=0, le=1, description="share of the student's own responses in a round")
+    sampling_temperature: float = Field(1.0, gt=0, description="of the student while it samples")
+    temperature: float = Field(1.0, gt=0, description="of both models in the divergence")
+    teacher_responses: TeacherResponses | None = None
+
+    @property
+    def needs_responses(self) -> bool:
+        return self.eval_every is not None or (self.student_share < 1 and _needs_data(self.teacher_responses, None))
+
+
+class GkdPhase(MixedPhase):
+    """Generalised JSD(beta), m = beta p + (1 - beta) q: beta KL(p || m) + (1 - beta) KL(q || m); p teacher, q student.
+
+    GKD, Agarwal et al., ICLR 2024. At its ends JSD(beta) is 0; as in the paper beta = 0 stands for the forward KL(p ||
+    q), the limit of JSD(beta) / beta, and beta = 1 for the reverse KL(q || p), that of JSD(beta) / (1 - beta). The
+    metrics then bear those names.
+    """
+
+    objective: Literal["gkd"] = "gkd"
+    beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL")
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """The divergence by its name in mskd_kernels, and its number."""
+        ends: dict[float, tuple[str, float | None]] = {0.0: ("forward_kl", None), 1.0: ("reverse_kl", None)}
+        return ends.get(self.beta, ("jsd", self.beta))
+
+
+class DistillmPhase(MixedPhase):
+    """Skew KL(p || s p + (1 - s) q) or skew reverse KL(q || (1 - s) p + s q), s = skew; p teacher, q student.
+
+    DistiLLM, Ko et al., ICML 2024. The share of the student's responses is fixed here; the paper raises it when the
+    validation loss rises, and takes part of them from a replay buffer.
+    """
+
+    objective: Literal["distillm"] = "distillm"
+    divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_kl"
+    skew: float = Field(0.1, gt=0, lt=1)
+    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
+    kd_ratio: ClassVar[float] = 0.0  # the plain-text term is cross-entropy alone
+
+    @property
+    def kind(self) -> tuple[str, float | None]:
+        """The divergence by its name in mskd_kernels, and its number."""
+        return self.divergence, self.skew
+
+
+Mixed = GkdPhase | DistillmPhase
+
+# Each named term of the objective is a field; a preset is only a set of values.
+PRESETS: dict[str, dict[str, Any]] = {
+    # MiniLLM as its paper states it (Gu et al., ICLR 2024), with the return of the last token defined as 0.
+    "minillm": dict(
+        gamma=1.0, include_current=False, whiten=False, reward_scaling=1.0, reward_clip=0.0,
+        weight_single_step=True, clip_weighted_ratio=True, kd_ratio=0.0,
+    ),
+    # What the released code (microsoft/LMOps, minillm) does instead.
+    "lmops": dict(
+        gamma=0.95, include_current=True, whiten=True, reward_scaling=0.5, reward_clip=100.0,
+        weight_single_step=False, clip_weighted_ratio=True, kd_ratio=0.5,
+    ),
+}  # fmt: skip
+
+
+class MinillmPhase(OnPolicyPhase):
+    """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
+
+    objective: Literal["minillm", "lmops"] = "minillm"
+    steps: int | None = Field(5000, ge=1)
+    epochs: float | None = Field(10, gt=0)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(5e-6, gt=0)
+    warmup_steps: int = Field(100, ge=0)
+    # sampling
+    rollouts: int = Field(256, ge=1, description="sequences sampled in one round, over all processes")
+    mix_alpha: float = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
+    temperature: float = Field(1.0, gt=0)
+    # optimisation
+    ppo_epochs: int = Field(4, ge=1)
+    clip: float = Field(0.2, gt=0, lt=1)
+    # returns
+    gamma: float = Field(ge=0, le=1)
+    include_current: bool
+    whiten: bool
+    reward_scaling: float = Field(gt=0, description="rewards are divided by it")
+    reward_clip: float = Field(ge=0, description="rewards are clipped to +- it; 0: off")
+    # loss
+    weight_single_step: bool
+    clip_weighted_ratio: bool
+    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
+    kd_ratio: float = Field(ge=0, le=1, description="share of soft cross-entropy in the plain-text term")
+    keep_by: Literal["reverse_kl", "rouge_l"] = "reverse_kl"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        if isinstance(given, Mapping):
+            return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
+        return given
+
+    @property
+    def needs_responses(self) -> bool:
+        return False
+
+
+Phase = Annotated[
+    Union[SftPhase, KdPhase, SeqkdPhase, GkdPhase, DistillmPhase, MinillmPhase], Field(discriminator="objective")
+]
+# Every objective by name, with its phase: the one list of them.
+OBJECTIVES: dict[str, type[PhaseBase]] = {
+    name: phase
+    for phase in get_args(get_args(Phase)[0])
+    for name in get_args(phase.model_fields["objective"].annotation)
+}
