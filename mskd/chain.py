@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from typing import Any
 
 from mskd import checkpoint, evaluate, hop, models, prune
 from mskd.batches import chunks
-from mskd.config import Config, ConfigError, EvaluateConfig, ModelConfig, RunConfig, load, parse, to_toml
-from mskd.data import SequenceBatch, end_token_id, load_data, load_items
+from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
+from mskd.data import SequenceBatch, end_token_id
 from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
 from mskd.nodes import Graph, Node
@@ -69,43 +68,6 @@ def distill(
             raise Interrupted(listening.signal) from None
 
 
-def evaluate_model(
-    model: str,
-    settings: EvaluateConfig,
-    *,
-    teacher: str | None = None,
-    out: str | Path = "out",
-    echo: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Evaluate one model on all of `settings.data`, or where data.test is set on that test split; returns the figures.
-
-    model, teacher: hub id, folder, GGUF file or known name. Raises ConfigError for anything the user can mend.
-    """
-    hardware = detect(settings.run.device, "auto", settings.run.attention)
-    _writable(Path(out))
-    folder = models.resolve_source(model)
-    tokenizer = models.load_tokenizer(folder)
-    if settings.data.test is None:
-        items, fingerprint = load_items(settings.data, tokenizer)
-    else:
-        data = load_data(settings.data, tokenizer, seed=settings.seed, need_responses=False)
-        items, fingerprint = data.test, data.fingerprint
-    judges, hashes = {}, {}
-    if teacher is not None:
-        above = models.resolve_source(teacher)
-        models.check_same_tokenizer(models.load_tokenizer(above), tokenizer, teacher, model)
-        name = Path(teacher).name
-        judges[name] = models.load_teacher(above, settings.precision, hardware)
-        hashes[name] = checkpoint.digest([models.content_hash(above), settings.precision])
-    loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
-    file = evaluate.file_name(Path(settings.data.source).stem, fingerprint, settings.evaluation, hashes)
-    path = Path(out) / "evals" / checkpoint.weights_digest(folder)[:16] / file
-    echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(items)} items on {hardware.name}")
-    eos = end_token_id(tokenizer, settings.data.template)
-    figures = evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
-    return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
-
-
 @dataclass(frozen=True)
 class Workplace:
     """What all cells of a run share."""
@@ -140,7 +102,7 @@ class Sweep:
         hardware = detect(config.run.device, config.train.precision, config.run.attention)
         if hardware.device.type == "cpu":
             keep_freed_memory()
-        _writable(out)
+        checkpoint.check_writable(out)
         accelerator = make_accelerator(hardware)
         said = echo if accelerator.is_main_process else lambda line: None
         self.place = Workplace(out, stop, hardware, accelerator, said)
@@ -474,14 +436,3 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
     found.setdefault("mskd", "0.1.0")
     return found
-
-
-def _writable(out: Path) -> None:
-    """Make the output folder, or say in one line why it cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".write-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise ConfigError(f"cannot write to the output folder {out}: {e.strerror}; choose another with --out") from None

@@ -49,6 +49,17 @@ def weights_digest(folder: Path) -> str:
     return digest([[f.name, file_digest(f)] for f in files])
 
 
+def check_writable(out: Path) -> None:
+    """Make the output folder, or say in one line why it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"cannot write to the output folder {out}: {e.strerror}; choose another with --out") from None
+
+
 # -- atomic writes --------------------------------------------------------------------------------
 
 

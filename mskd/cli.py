@@ -134,7 +134,7 @@ def evaluate(
     out: Out = Path("out"),
 ) -> None:
     """ROUGE-L and perplexity of one model, with 95 % intervals; the last line is JSON."""
-    from mskd.chain import evaluate_model
+    from mskd.assess import evaluate_model
 
     settings = parse({"data": {"source": data}}, set, where="flags", kind=EvaluateConfig)
     figures = evaluate_model(model, settings, teacher=teacher, out=out, echo=say)

@@ -75,13 +75,14 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"report"},
         {"torch", "accelerate"},
     ),
+    "assess": (LEAVES | {"data", "models", "evaluate"}, set()),
     "sizes": ({"config"}, set()),
     "budget": ({"config", "phases", "sizes", "models"}, set()),
     "plan": ({"config", "sizes", "budget"}, set()),
     "estimate": ({"config", "sizes", "budget", "plan", "sweep"}, set()),
     "trials": (LEAVES | {"plan", "chain", "nodes", "hop", "models", "data", "evaluate"}, set()),
     "cli": (
-        {"config", "chain", "plan", "estimate", "trials", "report", "hardware", "rollout"},
+        {"config", "chain", "assess", "plan", "estimate", "trials", "report", "hardware", "rollout"},
         {"typer", "mskd_kernels"},
     ),
 }  # fmt: skip
