@@ -1,41 +1,52 @@
 """One model by itself, outside a run: what `mskd evaluate` does.
 
-figures = evaluate_model("out/hops/student-from-teacher-0f/model", settings, teacher="smollm2-135m")
+found = evaluate_model("out/hops/student-from-teacher-0f/model", settings, data=["dolly.jsonl", "vicuna.jsonl"],
+                       teacher="smollm2-135m")
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mskd import checkpoint, evaluate, models
-from mskd.config import EvaluateConfig
-from mskd.data import end_token_id, load_data, load_items
+from mskd.config import ConfigError, DataConfig, EvaluateConfig
+from mskd.data import Example, end_token_id, load_data, load_items
 from mskd.hardware import detect
+from mskd.statistics import Lines, read_lines, summarize
+from mskd.tables import COLUMNS, DASH, figure
+
+Items = tuple[Sequence[Example], str]  # with their fingerprint
 
 
 def evaluate_model(
     model: str,
     settings: EvaluateConfig,
     *,
+    data: Sequence[str] = (),
     teacher: str | None = None,
     out: str | Path = "out",
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Evaluate one model on all of `settings.data`, or where data.test is set on that test split; returns the figures.
+    """Evaluate one model on data sets: all rows of each, or where data.test is a number that many drawn ones.
 
-    model, teacher: hub id, folder, GGUF file or known name. Raises ConfigError for anything the user can mend.
+    model, teacher: hub id, folder, GGUF file or known name. data: files or hub ids, by default settings.data.source.
+    All are read before a model is loaded. What was evaluated before under `out`, by the same weights, items, protocol
+    and teacher, is taken from there. Returns model, protocol, and under `data` for every set its file and the figures
+    of `statistics.summarize`. Raises ConfigError for anything the user can mend.
     """
     hardware = detect(settings.run.device, "auto", settings.run.attention)
-    checkpoint.check_writable(Path(out))
+    out = Path(out)
+    checkpoint.check_writable(out)
+    sources = list(dict.fromkeys([*(data or [settings.data.source]), *settings.evaluation.data]))
+    if len(sources) > 1 and isinstance(settings.data.test, str):
+        raise ConfigError(
+            f"data.test is a file, and {len(sources)} data sets are given; name it as one of them instead"
+        )
     folder = models.resolve_source(model)
     tokenizer = models.load_tokenizer(folder)
-    if settings.data.test is None:
-        items, fingerprint = load_items(settings.data, tokenizer)
-    else:
-        data = load_data(settings.data, tokenizer, seed=settings.seed, need_responses=False)
-        items, fingerprint = data.test, data.fingerprint
+    sets = {s: _items(settings.data.model_copy(update={"source": s}), settings, tokenizer) for s in sources}
     judges, hashes = {}, {}
     if teacher is not None:
         above = models.resolve_source(teacher)
@@ -44,9 +55,39 @@ def evaluate_model(
         judges[name] = models.load_teacher(above, settings.precision, hardware)
         hashes[name] = checkpoint.digest([models.content_hash(above), settings.precision])
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
-    file = evaluate.file_name(Path(settings.data.source).stem, fingerprint, settings.evaluation, hashes)
-    path = Path(out) / "evals" / checkpoint.weights_digest(folder)[:16] / file
-    echo(f"{model}: {models.num_parameters(loaded):,} parameters, {len(items)} items on {hardware.name}")
+    echo(f"{model}: {models.num_parameters(loaded):,} parameters on {hardware.name}")
+    directory = out / "evals" / checkpoint.weights_digest(folder)[:16]
     eos = end_token_id(tokenizer, settings.data.template)
-    figures = evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
-    return {"model": model, "file": str(path), "protocol": settings.evaluation.protocol, **figures}
+    found: dict[str, Any] = {}
+    for source, (items, fingerprint) in sets.items():
+        path = directory / evaluate.file_name(Path(source).stem, fingerprint, settings.evaluation, hashes)
+        if path.exists():
+            echo(f"{source}: evaluated before, {path}")
+        else:
+            evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
+        figures = summarize(_read(path))
+        echo(_line(source, figures, next(iter(judges), None)))
+        found[source] = {"file": str(path), **figures}
+    return {"model": model, "protocol": settings.evaluation.protocol, "data": found}
+
+
+def _items(data: DataConfig, settings: EvaluateConfig, tokenizer: Any) -> Items:
+    if data.test is None:
+        return load_items(data, tokenizer, "data")
+    splits = load_data(data, tokenizer, seed=settings.seed, need_responses=False)
+    return splits.test, splits.fingerprint
+
+
+def _read(path: Path) -> Lines:
+    try:
+        return read_lines(path)
+    except ValueError as e:
+        raise ConfigError(f"{e}; remove the file, and it is made again") from None
+
+
+def _line(source: str, figures: Mapping[str, Any], teacher: str | None) -> str:
+    """The figures of one data set in a line, each with its 95 % interval."""
+    cells = {title: figure(figures, field, teacher, form) for title, field, _, form in COLUMNS}
+    shown = ", ".join(f"{title} {cell}" for title, cell in cells.items() if cell != DASH)
+    lacks = "" if figures["rouge_l"] else "; it has no reference responses, which ROUGE-L and perplexity need"
+    return f"{source}: {figures['items']} items: {shown}{lacks}"

@@ -24,7 +24,7 @@ from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse
 from mskd.data import SequenceBatch, end_token_id
 from mskd.hardware import Hardware, detect, keep_freed_memory
 from mskd.models import Teacher
-from mskd.nodes import Graph, Node
+from mskd.nodes import Graph, Items, Node
 from mskd.phases import MinillmPhase
 from mskd.rollout import Interrupted
 from mskd.stop import Stop
@@ -317,22 +317,34 @@ class Chain:
     # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluate(self, node: Node) -> list[dict[str, Any]]:
-        """Evaluate every stage of a node that was not evaluated before; entries of the run's index."""
-        entries: list[dict[str, Any]] = []
-        if not self.data.test:
-            return entries
-        for stage, folder in node.stages():
-            teachers = self._judges(node)
-            file = self._eval_file(folder, teachers)
-            if self.main and not (self.out / file).exists():
-                self.stop.check()
-                self.echo(f"{node.key}: evaluating {stage}")
-                loaded = {n.name: self._teacher(n) for n in teachers}
-                model = loaded[node.name].model if node.name in loaded else self._load(folder, node.config)
-                self._run_evaluation(model, self.data.test, self.out / file, loaded)
-            entries.append({"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"})
+        """Evaluate what was not evaluated before, each stage of a node and on further data its last one.
+
+        Returns the entries of the run's index.
+        """
+        own: Items = (self.data.test, self.data.fingerprint)
+        entries = [self._evaluated(node, stage, folder, own) for stage, folder in node.stages() if self.data.test]
+        stage, folder = node.stages()[-1]
+        for source, items in self.graph.tests.items():
+            entries.append(self._evaluated(node, stage, folder, items, source) | {"data": source})
         self.accelerator.wait_for_everyone()
         return entries
+
+    def _evaluated(
+        self, node: Node, stage: str, folder: Path, items: Items, source: str | None = None
+    ) -> dict[str, Any]:
+        """The entry of one model's evaluation on the run's own test items or those of `source`, made if need be."""
+        judges = self._judges(node)
+        hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in judges}
+        data = Path(source or self.config.data.source).stem
+        name = evaluate.file_name(data, items[1], self.config.evaluation, hashes)
+        file = Path("evals") / checkpoint.weights_digest(folder)[:16] / name
+        if self.main and not (self.out / file).exists():
+            self.stop.check()
+            self.echo(f"{node.key}: evaluating {stage}{f' on {source}' if source else ''}")
+            teachers = {n.name: self._teacher(n) for n in judges}
+            model = teachers[node.name].model if node.name in teachers else self._load(folder, node.config)
+            self._run_evaluation(model, items[0], self.out / file, teachers)
+        return {"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"}
 
     def _run_evaluation(self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher]) -> dict[str, Any]:
         eos = end_token_id(self.tokenizer, self.config.data.template)
@@ -362,12 +374,6 @@ class Chain:
                 offload=self.config.run.teacher_offload,
             )
         return loaded[key]
-
-    def _eval_file(self, folder: Path, teachers: list[Node]) -> Path:
-        hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in teachers}
-        data = Path(self.config.data.source).stem
-        file = evaluate.file_name(data, self.data.fingerprint, self.config.evaluation, hashes)
-        return Path("evals") / checkpoint.weights_digest(folder)[:16] / file
 
     def _validator(self, node: Node, teacher: Node) -> Callable[[Any, str], float]:
         """ROUGE-L or reverse KL of a model on the validation items: what keep_by of a minillm phase asks for."""

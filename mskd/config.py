@@ -145,6 +145,7 @@ class EvalConfig(Frozen):
     no_repeat_ngram_size: int = Field(ge=0)
     batch_size: int = Field(16, ge=1)
     limit: int | None = Field(None, ge=1, description="test items used at most")
+    data: tuple[str, ...] = Field((), description="further data sets, files or hub ids, for every finished model")
 
     @model_validator(mode="before")
     @classmethod

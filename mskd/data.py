@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INSTRUCTION = ("instruction", "prompt", "question", "query", "input")
+INSTRUCTION = ("instruction", "prompt", "question", "query", "input", "turns")
 CONTEXT = ("context", "input")
 RESPONSE = ("response", "output", "answer", "completion", "responses", "outputs", "answers", "references")
 MESSAGES = ("messages", "conversation", "conversations")
@@ -179,13 +179,21 @@ def load_data(
     return Splits(tuple(train), tuple(validation), tuple(test), _fingerprint(config, (train, validation, test)))
 
 
-def load_items(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Example, ...], str]:
-    """Every usable row of a source as a test item (of the demo its test rows, of a hub id its split "test").
+def load_items(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, key: str = "data.test"
+) -> tuple[tuple[Example, ...], str]:
+    """Every usable row of config.source as a test item (of the demo its test rows, of a hub id its split "test").
 
-    Returns the items and their fingerprint. Raises ConfigError.
+    key: what the user calls the source, for errors. Returns the items and their fingerprint. Raises ConfigError.
     """
-    items = tuple(_load(config.source, "data.test", config, tokenizer, False))
+    items = tuple(_load(config.source, key, config, tokenizer, False))
     return items, _fingerprint(config, (items,))
+
+
+def further(config: DataConfig, source: str) -> DataConfig:
+    """The same settings for another data set, whose columns are found by their usual names."""
+    own = {"instruction", "context", "response", "messages", "limit", "revision", "text", "test"}
+    return config.model_copy(update=dict.fromkeys(own) | {"source": source})
 
 
 def load_text(path: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -374,7 +382,10 @@ def _plain_row(row: Mapping[str, Any], found: Mapping[str, str | None], where: s
     def cell(kind: str) -> Any:
         return row.get(found[kind] or "")
 
-    instruction = clean(cell("instruction"), f"{where}, {found['instruction']}")
+    asked = cell("instruction")
+    if found["instruction"] == "turns" and isinstance(asked, list | tuple) and len(asked) == 1:  # Vicuna's questions
+        asked = asked[0]
+    instruction = clean(asked, f"{where}, {found['instruction']}")
     context = clean(cell("context"), f"{where}, {found['context']}")
     answers = cell("response") if isinstance(cell("response"), list | tuple) else [cell("response")]
     references = [clean(answer, f"{where}, {found['response']}") for answer in answers]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,10 +98,10 @@ def evaluate(
 def file_name(data: str, fingerprint: str, config: EvalConfig, teachers: Mapping[str, str] | None = None) -> str:
     """The name of the file of one evaluation: <data>-<protocol>-<8 hex digits>.jsonl.
 
-    The digits cover what changes the figures: the data's fingerprint, every value of the protocol but the batch size,
+    The digits cover what changes the figures: the data's fingerprint, the values of the protocol (not the batch size),
     and the content hashes of the teachers by name. A file of that name never answers another question.
     """
-    values = config.model_dump(exclude={"batch_size"})
+    values = config.model_dump(exclude={"batch_size", "data"})
     return f"{data}-{config.protocol}-{digest([fingerprint, values, dict(teachers or {})])[:8]}.jsonl"
 
 
@@ -258,7 +259,7 @@ def _score_references(
             scores[item] |= {"nll": _finite(-part.double().sum(), item), "tokens": len(part)}
         for name, teacher in teachers.items():
             vocabulary = min(len(head.weight), len(teacher.head.weight))
-            same = _top1(hidden, head, vocabulary) == _top1(teacher.hidden(batch), teacher.head, vocabulary)
+            same = _top1(hidden, head, vocabulary) == _teacher_top1(teacher, batch, vocabulary)
             for item, part in zip(items, same.split(parts), strict=True):
                 scores[item]["agreement"][name] = part.double().mean().item()
     return scores
@@ -282,6 +283,15 @@ def _top1(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:
     bias = None if head.bias is None else head.bias[:vocabulary].to(hidden.dtype)
     rows = max(1, ARGMAX_BYTES // (vocabulary * hidden.element_size()))
     return torch.cat([torch.nn.functional.linear(h, weight, bias).argmax(dim=-1) for h in hidden.split(rows)])
+
+
+def _teacher_top1(teacher: Teacher, batch: SequenceBatch, vocabulary: int) -> Tensor:
+    """The teacher's, made once for a batch of references: every model of a run is compared with it on the same ones."""
+    parts = [t.cpu().numpy().tobytes() for t in (batch.input_ids, batch.positions)]
+    key = (vocabulary, *[hashlib.sha256(part).digest() for part in parts])
+    if key not in teacher.top1:
+        teacher.top1[key] = _top1(teacher.hidden(batch), teacher.head, vocabulary)
+    return teacher.top1[key]
 
 
 def _batch(prompts: Tokens, responses: Tokens, pad: int, model: Any) -> SequenceBatch:

@@ -15,7 +15,7 @@ import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,7 @@ class Teacher:
     model: PreTrainedModel
     precision: Precision
     waiting: Waiting | None = None  # its weights but the head's, where they wait in host memory
+    top1: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)  # mskd.evaluate's, by batch
 
     @property
     def head(self) -> Head:

@@ -13,12 +13,13 @@ from typing import Any
 
 from mskd import checkpoint, models
 from mskd.config import Config, ConfigError, ModelConfig
-from mskd.data import Splits, load_data, load_text
+from mskd.data import Example, Splits, further, load_data, load_items, load_text
 from mskd.hardware import Hardware
 from mskd.optim import check_optimizer
 from mskd.phases import Phase
 
 Text = tuple[tuple[int, ...], ...]  # blocks of token ids
+Items = tuple[tuple[Example, ...], str]  # of a data set to evaluate on, with their fingerprint
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class Graph:
         same = before is not None and before._data_key == self._data_key
         self._read: tuple[Splits, Text, str] = before._read if before and same else self._read_data(need_responses)
         self.data, self.text, self.data_hash = self._read
+        known = before.tests if before and same else {}
+        sources = config.evaluation.data
+        self.tests: dict[str, Items] = {s: known.get(s) or self._further(s, echo) for s in sources}
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
 
@@ -109,6 +113,15 @@ class Graph:
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
         rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
         return data, text, checkpoint.digest([len(data.validation), rows])  # the test split determines no weights
+
+    def _further(self, source: str, echo: Callable[[str], None]) -> Items:
+        """The items of a further data set and their fingerprint; says how many of them the students train on."""
+        items, fingerprint = load_items(further(self.config.data, source), self.tokenizer, "evaluation.data")
+        trained = {e.prompt for e in self.data.train}
+        seen = sum(e.prompt in trained for e in items)
+        if seen:
+            echo(f"{source}: {seen} of {len(items)} items have the prompt of a training row")
+        return items, fingerprint
 
     def origin(self, name: str) -> str:
         """The source model that a model is cut from, in however many cuts; itself where it is a source."""

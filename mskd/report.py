@@ -25,6 +25,10 @@ from mskd.summary import summary
 
 __all__ = ["summary", "write_report"]
 
+FURTHER = """\
+The same figures and marks as above, of the finished models on every item of this data set; Holm's correction is over
+this data set's comparisons."""
+
 
 def write_report(run: Path) -> Path:
     """Write report.md, report.html and the pictures into the run's folder; returns the path of report.md.
@@ -50,7 +54,7 @@ def _report(sweep: Sequence[Stored]) -> list[Block]:
     """All blocks. Everything but results, comparisons and trends is the first setting's of a sweep."""
     first = sweep[0]
     blocks: list[Block] = [Heading(1, escaped(first.name)), Text(_introduction(sweep))]
-    blocks += _results(sweep) + _trends(sweep) + _graph(sweep) + _cost(first)
+    blocks += _results(sweep) + _further(first) + _trends(sweep) + _graph(sweep) + _cost(first)
     blocks += [Heading(2, "Hops"), *(block for hop in first.hops() for block in _hop(first, hop))]
     curves = [draw(first) for draw in (figures.losses, figures.reverse_kl, figures.validation)]
     shown_curves: list[Block] = [picture for picture in curves if picture]
@@ -86,6 +90,17 @@ def _results(sweep: Sequence[Stored]) -> list[Block]:
     blocks += [Text(_line(legend), note=True)] if legend else []
     blocks.append(Text(_line(tables.DEFINITIONS) + _seeds_note(sweep[0]), note=True))
     return blocks + ([Heading(2, "Paths compared"), *compared] if compared else [])
+
+
+def _further(stored: Stored) -> list[Block]:
+    """The table of the models on every further data set; marks are corrected over that data set's comparisons."""
+    blocks: list[Block] = []
+    for data in stored.further():
+        view = stored.on(data)
+        tests = comparisons(view)
+        blocks += [Heading(2, f"On {escaped(Path(data).stem)}"), tables.results(view, tests)]
+        blocks.append(Text(_line(f"{FURTHER} Data: {escaped(data)}."), note=True))
+    return blocks
 
 
 def _tests_note(count: int) -> str:

@@ -45,6 +45,7 @@ class Stored:
         self.name, self.nodes = self.index["name"], self.cells[0]["nodes"]
         self.seeds = [cell["seed"] for cell in self.cells if "seed" in cell]
         self.paths = list(dict.fromkeys(">".join(path) for path in self.index["paths"]))
+        self.data: str | None = None  # a further data set, whose evaluations `final` gives instead
         self.absent: list[str] = []
         self._lines: dict[str, Lines | None] = {}
         self._figures: dict[Files, dict[str, Any]] = {}
@@ -55,6 +56,16 @@ class Stored:
         for view, cell in zip(views, self.cells, strict=True):
             view.cells, view.nodes = [cell], cell["nodes"]
         return views
+
+    def on(self, data: str) -> Stored:
+        """The same run, its finished models as they were evaluated on a further data set."""
+        view = copy.copy(self)
+        view.data = data
+        return view
+
+    def further(self) -> list[str]:
+        """The further data sets on which the finished models were evaluated."""
+        return list(dict.fromkeys(e["data"] for cell in self.cells for e in cell.get("evals", []) if e.get("data")))
 
     def models(self) -> list[str]:
         """Every model of the table by key, each after the models above it."""
@@ -90,9 +101,9 @@ class Stored:
 
     def final(self, key: str) -> Files:
         """The evaluation files of a finished model."""
-        if self.nodes.get(key, {}).get("kind") == "hop" or ">" in key:
+        if self.data is None and (self.nodes.get(key, {}).get("kind") == "hop" or ">" in key):
             return self.stages(key)[-1][1]
-        entries = [[e["file"] for e in cell.get("evals", []) if e["node"] == key] for cell in self.cells]
+        entries = [[e["file"] for e in _evals(cell, self.data) if e["node"] == key] for cell in self.cells]
         return tuple(files[-1] for files in entries if files)
 
     def lines(self, files: Files, what: str) -> Lines | None:
@@ -120,7 +131,8 @@ class Stored:
         if files not in self._figures:
             self._figures[files] = summarize(lines)
             if self._figures[files]["rouge_l"] is None:
-                self.miss("references of the test items, which ROUGE-L, perplexity and agreement need")
+                items = "the test items" if self.data is None else self.data
+                self.miss(f"references of {items}, which ROUGE-L, perplexity and agreement need")
         return self._figures[files]
 
     def teacher_of(self, hop: str, figures: Mapping[str, Any]) -> str | None:
@@ -190,10 +202,15 @@ def _read_index(directory: Path) -> dict[str, Any]:
         ) from None
 
 
+def _evals(cell: Mapping[str, Any], data: str | None = None) -> list[Mapping[str, Any]]:
+    """A cell's evaluations on the run's own test items, or on a further data set."""
+    return [e for e in cell.get("evals", []) if e.get("data") == data]
+
+
 def _stage_files(cell: Mapping[str, Any], hop: str, names: list[str]) -> list[str | None]:
     """The evaluation file of each stage of a hop in one cell."""
-    own = [e for e in cell.get("evals", []) if e["node"] == hop]
-    start = [e for e in cell.get("evals", []) if e["node"] == cell["nodes"].get(hop, {}).get("student")]
+    own = [e for e in _evals(cell) if e["node"] == hop]
+    start = [e for e in _evals(cell) if e["node"] == cell["nodes"].get(hop, {}).get("student")]
     files = []
     for name in names:
         # The start of a hop is a model of its own, evaluated once for all hops that begin with it.

@@ -30,7 +30,7 @@ FILES = (".json", ".jsonl", ".csv", ".parquet")
 def read_rows(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]:
     """All rows of the demo, of a local file, or of a split on the hub. Raises ConfigError."""
     if source == "demo":
-        split = "test" if key == "data.test" else "train"
+        split = "train" if key == "data.source" else "test"
         return [row for row in _read_json(DEMO, key) if row["split"] == split]
     path = Path(source).expanduser()
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and path.suffix.lower() not in (*FILES, ".txt")

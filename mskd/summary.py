@@ -22,7 +22,8 @@ def summary(run: Path) -> dict[str, Any]:
     For each path: parameters, seconds (training time of the whole path), rouge_l and agreement with the top teacher,
     each with its interval; perplexity and answer_tokens of the last hop initially, before its on-policy phase and at
     its end; reverse_kl (on own samples, against the hop's teacher) and reverse_kl_top (against the top teacher) before
-    and after the on-policy phase; and the checks. Raises ConfigError where `run` is no run.
+    and after the on-policy phase; data, the student's figures on further data sets, where there are any; and the
+    checks. Raises ConfigError where `run` is no run.
     """
     stored = Stored(run)
     paths = {path: _path_summary(stored, path) for path in stored.paths}
@@ -46,6 +47,7 @@ def _path_summary(stored: Stored, path: str) -> dict[str, Any]:
     perplexity = {name: mean(f, "perplexity") for name, f in _stages(initial, before, final)}
     perplexity["initial_over_final"] = _ratio(perplexity["initial"], perplexity["final"])
     perplexity["final_over_before"] = _ratio(perplexity["final"], perplexity["before_on_policy"])
+    further = {data: _further(stored.on(data), path) for data in stored.further()}
     answers = {name: mean(f, "answer_tokens") for name, f in _stages(initial, before, final)}
     answers["final_over_before"] = _ratio(answers["final"], answers["before_on_policy"])
     divergence = _change(change, "reverse_kl", before, after, change.get("teacher"))
@@ -59,6 +61,7 @@ def _path_summary(stored: Stored, path: str) -> dict[str, Any]:
         "answer_tokens": answers,
         "rouge_l": final.get("rouge_l"),
         "agreement": final.get("agreement", {}).get(path.split(">")[0]),
+        **({"data": further} if further else {}),
         "checks": {
             "perplexity_5x_below_untrained": _at_least(perplexity["initial_over_final"], PERPLEXITY_GAIN),
             "reverse_kl_lower": None if divergence["high"] is None else divergence["high"] < 0,
@@ -66,6 +69,13 @@ def _path_summary(stored: Stored, path: str) -> dict[str, Any]:
             "answer_length_drop_at_most_25_percent": _at_least(answers["final_over_before"], ANSWER_KEPT),
         },
     }
+
+
+def _further(view: Stored, path: str) -> dict[str, Any]:
+    """The figures of a path's student on a further data set; comparisons are with the top teacher."""
+    figures, top = view.figures(view.final(path), f"{shown(path)} on {view.data}"), path.split(">")[0]
+    compared = {field: figures.get(field, {}).get(top) for field in ("agreement", "reverse_kl")}
+    return {"items": figures.get("items"), **{f: figures.get(f) for f in ("rouge_l", "perplexity")}, **compared}
 
 
 def _stages(*figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -75,7 +75,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"report"},
         {"torch", "accelerate"},
     ),
-    "assess": (LEAVES | {"data", "models", "evaluate"}, set()),
+    "assess": (LEAVES | {"data", "models", "evaluate", "statistics", "tables"}, set()),
     "sizes": ({"config"}, set()),
     "budget": ({"config", "phases", "sizes", "models"}, set()),
     "plan": ({"config", "sizes", "budget"}, set()),

@@ -11,6 +11,7 @@ from mskd import checkpoint
 from mskd.chain import distill
 from mskd.config import ConfigError, load, parse
 from mskd.models import load_model, load_tokenizer, save_model
+from mskd.statistics import read_lines, summarize
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,41 @@ def test_another_run_shares_nodes_and_runtime_settings_do_not_count(finished, ti
     changed["evaluation"]["max_new_tokens"] = 5
     distill(parse(changed), out, echo=lambda line: None)
     assert len(list((out / "hops").iterdir())) == count
+
+
+def test_further_data_sets_are_evaluated_by_every_finished_model(finished, tiny_llama_folder, data, tmp_path):
+    run, out, _ = finished
+    twins = [json.loads(line) for line in data.read_text().splitlines()]
+    (tmp_path / "twins.jsonl").write_text("".join(json.dumps(row) + "\n" for row in twins))
+    (tmp_path / "vicuna.jsonl").write_text('{"turns": ["request response"]}\n{"turns": ["input further"]}\n')
+    sources = [str(tmp_path / name) for name in ("twins.jsonl", "vicuna.jsonl")]
+    changed = tree(tiny_llama_folder, data, name="further")
+    changed["evaluation"]["data"] = sources
+    lines: list[str] = []
+    again = distill(parse(changed), out, echo=lines.append)
+    assert again.students == run.students and sum("done before" in line for line in lines) == 6
+    assert any("17 of 24 items have the prompt of a training row" in line for line in lines)  # 4 test, 3 validation
+    index = json.loads((again.directory / "index.json").read_text())
+    entries = [(e["node"], e["data"]) for e in index["evals"] if "data" in e]
+    assert sorted(entries) == sorted((key, source) for key in index["nodes"] for source in sources)
+    own = [e for e in index["evals"] if "data" not in e]
+    assert own == json.loads((run.directory / "index.json").read_text())["evals"]  # the run's own are as they were
+    for path in ("teacher>ta>student", "teacher>student"):
+        file = next(e["file"] for e in index["evals"] if e["node"] == path and e.get("data") == sources[0])
+        figures, shown = summarize(read_lines(out / file)), again.summary["paths"][path]["data"]
+        assert shown[sources[0]]["rouge_l"] == figures["rouge_l"] and figures["items"] == 24
+        assert shown[sources[0]]["reverse_kl"] == figures["reverse_kl"]["teacher"]
+        assert shown[sources[1]]["items"] == 2 and shown[sources[1]]["rouge_l"] is None
+    report = (again.directory / "report.md").read_text()
+    assert "## On twins" in report and "## On vicuna" in report and "vicuna.jsonl, which ROUGE-L" in report
+
+
+def test_a_further_data_set_that_is_not_there(tiny_llama_folder, data, tmp_path):
+    changed = tree(tiny_llama_folder, data)
+    changed["evaluation"]["data"] = [str(tmp_path / "nowhere.jsonl")]
+    with pytest.raises(ConfigError, match="evaluation.data .*nowhere.jsonl' does not exist"):
+        distill(parse(changed), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*s/*"))
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,25 @@ def test_plain_flags_on_a_local_file(run, rows, tiny_llama_folder, tmp_path):
     summary = json.loads(out[-1])
     assert list(summary["paths"]) == ["teacher>ta>student"]
     shown = next(line for line in out if line.startswith("teacher > ta > student: "))
-    code, out, _ = run("evaluate", shown.split(": ")[1], "--data", rows, "--out", tmp_path / "out", *SMALL[-4:])
-    figures = json.loads(out[-1])
-    assert code == 0 and figures["perplexity"]["mean"] > 1
-    assert len(open(figures["file"]).readlines()) == figures["items"] == 24  # all rows of the file
+    questions = tmp_path / "vicuna.jsonl"
+    questions.write_text('{"question_id": 1, "turns": ["request response"]}\n')
+    asked = ["evaluate", shown.split(": ")[1], "--data", rows, "--data", questions, "--out", tmp_path / "out"]
+    code, out, _ = run(*asked, "--teacher", tiny_llama_folder, *SMALL[-4:])
+    found = json.loads(out[-1])
+    own, other = found["data"][str(rows)], found["data"][str(questions)]
+    assert code == 0 and own["perplexity"]["mean"] > 1
+    assert len(open(own["file"]).readlines()) == own["items"] == 24  # all rows of the file
+    assert other["items"] == 1 and other["rouge_l"] is None and list(other["reverse_kl"]) == [tiny_llama_folder.name]
+    lines = {line.split(": ")[0]: line for line in out[1:-1]}
+    assert f"Perplexity {own['perplexity']['mean']:,.0f}"[:14] in lines[str(rows)]
+    assert "no reference responses" in lines[str(questions)] and "Reverse KL" in lines[str(questions)]
+    code, again, _ = run(*asked, "--teacher", tiny_llama_folder, *SMALL[-4:])
+    assert json.loads(again[-1]) == found and sum("evaluated before" in line for line in again) == 2
+    code, _, err = run(*asked, "--set", f"data.test='{rows}'")
+    assert code == 2 and "data.test is a file, and 2 data sets are given" in err[0]
+    open(other["file"], "w").write("{")
+    code, _, err = run(*asked, "--teacher", tiny_llama_folder, *SMALL[-4:])
+    assert code == 2 and "not a line of an evaluation; remove the file" in err[0]
     code, out, _ = run("report", tmp_path / "out" / "runs" / "run")
     assert code == 0 and out[-1].endswith("report.md")
 

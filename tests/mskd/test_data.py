@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mskd.config import ConfigError, DataConfig
-from mskd.data import ALPACA, ALPACA_CONTEXT, SequenceBatch, end_token_id, load_data, load_text, order
+from mskd.data import ALPACA, ALPACA_CONTEXT, SequenceBatch, end_token_id, load_data, load_items, load_text, order
 from mskd.rows import DEMO
 
 ROWS: list[dict[str, Any]] = [
@@ -485,6 +485,15 @@ def test_columns_are_found_by_their_usual_names(tmp_path, tokenizer, columns, pr
     path = write(tmp_path / "a.jsonl", [dict(zip(columns, ("a", "b", "c"), strict=True))])
     (e,) = load(path, tokenizer, test=0).train
     assert e.prompt == prompt.format(instruction="a", context="b") and e.references == (reference,)
+
+
+def test_a_list_of_one_turn_is_an_instruction(tmp_path, tokenizer):
+    path = write(tmp_path / "vicuna.jsonl", [{"question_id": 1, "category": "generic", "turns": ["How?"]}])
+    (item,), _ = load_items(DataConfig(source=str(path)), tokenizer)
+    assert item.prompt == ALPACA.format(instruction="How?") and item.references == ()
+    write(path, [{"turns": ["How?", "Why?"]}])
+    with pytest.raises(ConfigError, match="row 1, turns holds a list, not text"):
+        load_items(DataConfig(source=str(path)), tokenizer)
 
 
 def test_columns_that_are_named_win(tmp_path, tokenizer):

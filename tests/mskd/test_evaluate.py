@@ -124,6 +124,19 @@ def test_a_model_is_in_full_agreement_with_itself(tmp_path, model, examples):
     assert all(x["agreement"]["self"] == 1 and abs(x["reverse_kl"]["self"]) < 1e-12 for x in lines)
 
 
+def test_a_teacher_reads_the_references_once_for_all_models(tmp_path, model, teacher, examples, monkeypatch):
+    above, reads = frozen(teacher.model), []
+    hidden = Teacher.hidden
+    monkeypatch.setattr(Teacher, "hidden", lambda self, batch: reads.append(batch) or hidden(self, batch))
+    first, _ = run(tmp_path, model, examples, settings(), teachers={"t": above})
+    once = len(reads)
+    again, _ = run(tmp_path, model, examples, settings(), teachers={"t": above})
+    assert again == first and len(reads) - once == 2 < once  # the second time only the answers, in two batches
+    other, _ = run(tmp_path, model, examples[1:], settings(), teachers={"t": above})
+    fresh, _ = run(tmp_path, model, examples[1:], settings(), teachers={"t": frozen(teacher.model)})
+    assert other == fresh
+
+
 def test_rouge_l_is_the_best_over_references():
     references = ["The cat sat on the mat.", "Dogs were running quickly"]
     direct = RougeScorer(["rougeL"], use_stemmer=True).score(references[1], "a dog runs")["rougeL"].fmeasure
