@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mskd import cost, figures, tables, trends
+from mskd import cost, figures, tables, trends, verdict
 from mskd.checkpoint import write_text
 from mskd.config import ConfigError
 from mskd.document import Block, Code, Heading, Items, Text, escaped, markdown
@@ -77,18 +77,23 @@ def _introduction(sweep: Sequence[Stored]) -> str:
 
 
 def _results(sweep: Sequence[Stored]) -> list[Block]:
-    """The table of the models and that of the paths compared, for every setting."""
+    """The table of the models, the verdict on chains and the paths compared, for every setting."""
     blocks: list[Block] = [Heading(2, "Result")]
     compared: list[Block] = []
+    chains: list[Block] = []
     for stored in sweep:
         tests = comparisons(stored)
         title = [Heading(3, trends.grid_text(stored.grid))] if len(sweep) > 1 else []
+        judged = verdict.judge(stored, tests)
+        chains += [*title, Text(verdict.sentence(judged)), verdict.table(judged)] if judged else []
         blocks += [*title, tables.results(stored, tests)]
         if tests:
             compared += [*title, tables.compared(tests), Text(_tests_note(len(tests)), note=True)]
     legend = tables.legend(sweep[0])
     blocks += [Text(_line(legend), note=True)] if legend else []
     blocks.append(Text(_line(tables.DEFINITIONS) + _seeds_note(sweep[0]), note=True))
+    if chains:
+        blocks += [Heading(2, "Does a chain beat the direct hop?"), *chains, Text(_line(verdict.NOTE), note=True)]
     return blocks + ([Heading(2, "Paths compared"), *compared] if compared else [])
 
 

@@ -154,6 +154,17 @@ def anova(groups: Sequence[Iterable[float]]) -> dict[str, Any] | None:
     return {"f": float(test.statistic), "p": float(test.pvalue), "groups": len(values)}
 
 
+def paired_t(differences: Sequence[float]) -> float | None:
+    """Two-sided p of "the mean difference is 0" by a paired t test (scipy.stats.ttest_1samp).
+
+    None with fewer than two differences or where they do not vary.
+    """
+    from scipy import stats
+
+    values = np.array(differences, dtype=np.float64)
+    return float(stats.ttest_1samp(values, 0.0).pvalue) if len(values) > 1 and np.ptp(values) > 0 else None
+
+
 def spearman(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
     """Spearman's rank correlation rho and its two-sided p of no monotone relation (scipy.stats.spearmanr).
 

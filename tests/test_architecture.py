@@ -52,10 +52,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "graph": ({"results", "tables"}, set()),
     "figures": ({"cost", "document", "graph", "results", "tables"}, {"matplotlib"}),
     "trends": ({"document", "results", "statistics", "tables"}, set()),
+    "verdict": ({"cost", "document", "results", "statistics", "tables"}, set()),
     "record": ({"document", "results"}, set()),
     "report": (
         LEAVES
-        | {"cost", "document", "figures", "page", "record", "results", "statistics", "summary", "tables", "trends"},
+        | {"cost", "document", "figures", "page", "record", "results", "statistics", "summary", "tables", "trends"}
+        | {"verdict"},
         set(),
     ),
     "responses": (LEAVES | {"data", "draw", "rollout", "hop"}, {"torch"}),
