@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 Keep = Literal["last", "best"]
 
@@ -20,8 +28,10 @@ class Frozen(BaseModel):
 class PhaseBase(Frozen):
     """Fields that every phase has. Sequences are counted over all processes."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps; with epochs, whichever comes first")
-    epochs: float | None = Field(None, gt=0, description="passes over the training prompts")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps; with epochs, whichever comes first; 0: no limit"
+    )
+    epochs: float | None = Field(None, gt=0, description="passes over the training prompts; 0: no limit")
     batch_size: int = Field(8, ge=1, description="sequences in one optimizer step")
     micro_batch_size: int = Field(8, ge=1, description="sequences at most in one forward of one process")
     lr: float = Field(1e-4, gt=0)
@@ -34,6 +44,11 @@ class PhaseBase(Frozen):
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes' 8-bit states")
     keep: Keep = "last"
     eval_every: int | None = Field(None, ge=1, description="steps between validations; needed by keep = 'best'")
+
+    @field_validator("steps", "epochs", mode="before")
+    @classmethod
+    def _no_limit(cls, given: Any) -> Any:
+        return None if given == 0 else given  # TOML has no null
 
     @model_validator(mode="after")
     def _has_an_end(self) -> PhaseBase:
@@ -238,6 +253,11 @@ class MinillmPhase(OnPolicyPhase):
         if isinstance(given, Mapping):
             return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
         return given
+
+    @model_serializer(mode="wrap")
+    def _limits(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        lifted = {name: 0 for name in ("steps", "epochs") if getattr(self, name) is None}
+        return plain(self) | lifted  # left out, they would be read back as the defaults
 
     @property
     def needs_responses(self) -> bool:

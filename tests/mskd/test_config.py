@@ -41,6 +41,16 @@ def test_round_trip_through_toml():
     assert parse(tomllib.loads(text)) == config
 
 
+@pytest.mark.parametrize(("given", "steps", "epochs"), [({"epochs": 0}, 5000, None), ({"steps": 0}, None, 10)])
+def test_a_limit_that_is_lifted_stays_lifted_through_toml(given, steps, epochs):
+    config = parse({**TREE, "phases": [{"objective": "minillm", **given}]})
+    assert (config.phases[0].steps, config.phases[0].epochs) == (steps, epochs)
+    assert parse(tomllib.loads(to_toml(config))) == config
+    assert MinillmPhase(**{k: None for k in given}).steps == steps  # from Python None says the same
+    with pytest.raises(ConfigError, match="needs steps or epochs"):
+        parse({**TREE, "phases": [{"objective": "kd", "steps": 0}]})
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_loads_and_round_trips(name):
     config = load(name)
