@@ -4,38 +4,30 @@
     for step in range(first, steps):
         micros = source.work(step)            # depends on the step's number and the weights alone
 
-A step's sequences are the same however many processes share them out: see `deal` and `OnPolicy.mine`. They are cut into
-forwards of little padding (mskd.packing), which depends on their lengths alone.
+A step's sequences are the same however many processes share them out (shares.py); forwards.py cuts them into forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mskd import checkpoint, objective
-from mskd.data import Example, SequenceBatch, end_token_id, order
+from mskd.data import Example, end_token_id, order
 from mskd.draw import uniforms
+from mskd.forwards import Ids, Micro, Supervised, forwards, lay_out, loss_options, plain_text, supervised
+from mskd.hidden import HiddenStates
 from mskd.models import copy_as
-from mskd.packing import cut, fill_rows
-from mskd.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SeqkdPhase, SftPhase
+from mskd.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SftPhase
 from mskd.responses import Tick, answered
 from mskd.rollout import Rollout, sample
+from mskd.shares import across, by_rank, deal, lanes, of_rank, stream
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from mskd.hop import Job
-
-Micro = tuple[SequenceBatch, Any]  # one forward: its sequences and their loss (an objective.Loss)
-Ids = Sequence[int]
-
-
-Supervised = SftPhase | KdPhase | SeqkdPhase
 
 
 def source_of(job: Job, index: int, seed: int, tick: Tick = lambda done, all_: None) -> Any:
@@ -273,36 +265,6 @@ class Sampler:
         return self.copy
 
 
-class HiddenStates:
-    """The teacher's hidden states at the response tokens of a round, by sequence, in the dtype that it computed.
-
-    They stay on its device up to `budget` bytes; more lie in pinned host memory, from which a copy to a GPU does not
-    wait. lengths: response tokens of every sequence.
-    """
-
-    def __init__(self, lengths: list[int], budget: int) -> None:
-        self.lengths, self.budget = lengths, budget
-        self.parts: Sequence[torch.Tensor] = ()
-
-    def put(self, places: Sequence[int], hidden: torch.Tensor) -> None:
-        """Keep the states [n, H] of the sequences at `places`."""
-        if not self.parts:
-            self.device = hidden.device
-            self.parts = self._room(hidden).split(self.lengths)
-        for i, part in zip(places, hidden.split([self.lengths[i] for i in places]), strict=True):
-            self.parts[i].copy_(part, non_blocking=True)
-
-    def get(self, places: Sequence[int]) -> torch.Tensor:
-        """The states [n, H] of the sequences at `places`, on the teacher's device."""
-        return torch.cat([self.parts[i].to(self.device, non_blocking=True) for i in places])
-
-    def _room(self, like: torch.Tensor) -> torch.Tensor:
-        shape = sum(self.lengths), like.shape[1]
-        if like.is_cuda and shape[0] * shape[1] * like.element_size() > self.budget:
-            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-        return like.new_empty(shape)
-
-
 def filled(rollout: Rollout, parts: Sequence[Sequence[int]], scored: Sequence[Rollout]) -> Rollout:
     """The rollout with the log-probabilities that scoring gave to its parts, lists of its sequences."""
     back = torch.cat([rollout.token_indices(part) for part in parts]).argsort()
@@ -313,105 +275,3 @@ def filled(rollout: Rollout, parts: Sequence[Sequence[int]], scored: Sequence[Ro
 def rollout_tensors(rollout: Rollout) -> dict[str, torch.Tensor]:
     values = {f.name: getattr(rollout, f.name) for f in fields(rollout)}
     return {k: v.cpu() for k, v in values.items() if v is not None}
-
-
-def by_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of every process by 'rank.name'."""
-    parts = [tensors]
-    if job.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        parts = gather_object([tensors])
-    return {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
-
-
-def of_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This process's own tensors of what `by_rank` gave."""
-    mine = f"{job.accelerator.process_index}."
-    return {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
-
-
-def loss_options(job: Job) -> dict[str, Any]:
-    return {"backend": job.config.run.backend, "chunk_bytes": job.config.train.loss_chunk_mb * 2**20}
-
-
-def across(job: Job, values: torch.Tensor) -> torch.Tensor:
-    """The sum over processes, on the device that the values came from."""
-    return job.accelerator.reduce(values.to(job.accelerator.device), "sum").to(values.device)
-
-
-def chunks(items: Sequence, size: int) -> list[list]:
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]
-
-
-def stream(items: Sequence, batch: int, size: int, seed: int) -> list:
-    """Batch number `batch` of an endless stream of epochs, each in an order of its own; no item is left out."""
-    n, places = len(items), range(batch * size, (batch + 1) * size)
-    orders = {p // n: order(n, p // n, seed) for p in (places[0], places[-1], *places[::n])}
-    return [items[orders[p // n][p % n]] for p in places]
-
-
-def deal(batch: Sequence, accelerator: Accelerator) -> list:
-    """This process's share of a batch."""
-    return list(batch[accelerator.process_index :: accelerator.num_processes])
-
-
-def lanes(job: Job, phase: OnPolicyPhase) -> list[int]:
-    """This process's sequences of a round: whole lanes, so that a sequence never changes its process.
-
-    A lane is the set of sequences that may stand at one place of an optimizer batch; epochs permute within lanes.
-    The batches of a step are then the same however many processes there are.
-    """
-    rank, world = job.accelerator.process_index, job.accelerator.num_processes
-    return [i for i in range(phase.per_round) if i % phase.batch_size % world == rank]
-
-
-def forwards(job: Job, lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Sequences of these lengths cut into forwards of at most `most`, as lists of places, longest first."""
-    return cut(lengths, most, job.config.train.batching)
-
-
-def lay_out(job: Job, prompts: Sequence[Ids], responses: Sequence[Ids]) -> SequenceBatch:
-    """One forward over sequences: a row each, or several in a row where the configuration packs them."""
-    rows = None
-    if job.config.train.batching == "pack":
-        flash = job.hardware.attention == "flash_attention_2"  # its kernel for sequences of any length takes one row
-        rows = fill_rows([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], most=1 if flash else None)
-    return SequenceBatch.from_sequences(prompts, responses, job.tokenizer.pad_token_id, rows=rows)
-
-
-def supervised(job: Job, phase: Supervised | Mixed, examples: Sequence[Example]) -> list[Micro]:
-    """Forwards over examples, each with the phase's loss; one pass of the teacher where the loss needs it."""
-    micros = []
-    parts = forwards(job, [len(e.prompt_ids) + len(e.response_ids) for e in examples], phase.micro_batch_size)
-    with job.teacher.on_device() if job.teacher and not isinstance(phase, SftPhase | SeqkdPhase) else nullcontext():
-        for part in parts:
-            batch = lay_out(job, [examples[i].prompt_ids for i in part], [examples[i].response_ids for i in part])
-            micros.append((batch, _loss(job, phase, batch)))
-    return micros
-
-
-def _loss(job: Job, phase: Supervised | Mixed, batch: SequenceBatch) -> objective.Loss:
-    if isinstance(phase, SftPhase | SeqkdPhase):
-        return objective.sft_loss(batch, **loss_options(job))
-    assert job.teacher is not None
-    hidden = job.teacher.hidden(batch.to(job.hardware.device))
-    if isinstance(phase, KdPhase):
-        return objective.kd_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
-    return objective.divergence_loss(batch, hidden, job.teacher.head, phase, **loss_options(job))
-
-
-def plain_text(job: Job, phase: MinillmPhase | DistillmPhase, step: int, seed: int) -> list[Micro]:
-    """The plain-text term: as many blocks of the corpus as the batch has sequences; off without a corpus."""
-    if not job.text or not phase.lm_weight:
-        return []
-    assert job.teacher is not None
-    blocks = deal(stream(job.text, step, phase.batch_size, checkpoint.stream_seed(seed, "text")), job.accelerator)
-    micros = []
-    with job.teacher.on_device() if phase.kd_ratio else nullcontext():
-        for part in forwards(job, [len(b) for b in blocks], phase.micro_batch_size):
-            batch = lay_out(job, [blocks[i][:1] for i in part], [blocks[i][1:] for i in part])
-            hidden = job.teacher.hidden(batch.to(job.hardware.device)) if phase.kd_ratio else None
-            head = job.teacher.head if phase.kd_ratio else None
-            micros.append((batch, objective.lm_loss(batch, hidden, head, phase, **loss_options(job))))
-    return micros

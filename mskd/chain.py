@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from mskd import checkpoint, evaluate, hop, models, prune
-from mskd.batches import chunks
 from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.data import SequenceBatch, end_token_id
 from mskd.hardware import Hardware, detect, keep_freed_memory
@@ -27,6 +26,7 @@ from mskd.models import Teacher
 from mskd.nodes import Graph, Items, Node
 from mskd.phases import MinillmPhase
 from mskd.rollout import Interrupted
+from mskd.shares import chunks
 from mskd.stop import Stop
 from mskd.sweep import Cell, cells, check_size, is_sweep
 from mskd.tracking import check_trackers

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
-from mskd.batches import Micro, Supervised, source_of, supervised
+from mskd.batches import source_of
 from mskd.config import Config, ConfigError
 from mskd.data import Splits
+from mskd.forwards import Micro, Supervised, supervised
 from mskd.hardware import Hardware
 from mskd.models import Student, Teacher, save_model
 from mskd.optim import learning_rate, make_optimizer
@@ -57,7 +58,6 @@ class Job:
     accelerator: Accelerator
     stop: Callable[[], bool] = lambda: False
     validate_rollouts: Callable[[Any, str], float] | None = None  # of a minillm phase with keep = "best"
-    card: str | None = None
 
 
 @dataclass
@@ -141,7 +141,7 @@ def train(job: Job) -> dict[str, Any]:
             saved = None
     if acc.is_main_process:
         with checkpoint.new_folder(job.directory / "model") as folder:
-            save_model(job.student, job.tokenizer, folder, card=job.card)
+            save_model(job.student, job.tokenizer, folder)
         done = {
             "weights": checkpoint.weights_digest(job.directory / "model"),
             "parameters": sum(p.numel() for p in job.student.parameters()),
@@ -259,7 +259,7 @@ def finish_phase(job: Job, phase: Phase, progress: Progress, saver: Saver) -> No
     """Leave the phase's weights as a model of their own, unless they are the hop's result, and go on to the next."""
     if progress.phase < len(job.phases) - 1 and job.accelerator.is_main_process:
         with checkpoint.new_folder(job.directory / "phases" / f"{progress.phase}-{phase.objective}") as folder:
-            save_model(job.student, job.tokenizer, folder, card=job.card)
+            save_model(job.student, job.tokenizer, folder)
     progress.phase_seconds.append(round(progress.seconds - sum(progress.phase_seconds), 1))
     progress.phase, progress.step, progress.best, progress.best_step = progress.phase + 1, 0, None, 0
     progress.skipped_in_a_row = 0

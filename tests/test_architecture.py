@@ -61,19 +61,23 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "responses": (LEAVES | {"data", "draw", "rollout", "hop"}, {"torch"}),
+    "shares": (LEAVES | {"data", "hop"}, {"torch", "accelerate"}),
+    "forwards": (LEAVES | {"data", "objective", "packing", "shares", "hop"}, set()),
+    "hidden": (set(), {"torch"}),
     "batches": (
-        LEAVES | {"data", "draw", "models", "packing", "rollout", "objective", "responses", "hop"},
-        {"torch", "accelerate"},
+        LEAVES
+        | {"data", "draw", "models", "rollout", "objective", "responses", "shares", "forwards", "hidden", "hop"},
+        {"torch"},
     ),
     "hop": (
-        LEAVES | {"data", "models", "rollout", "objective", "batches", "optim", "tracking"},
+        LEAVES | {"data", "models", "rollout", "objective", "batches", "forwards", "optim", "tracking"},
         {"torch", "accelerate"},
     ),
     "nodes": (LEAVES | {"data", "models", "optim"}, set()),
     "stop": ({"rollout"}, set()),
     "chain": (
         LEAVES
-        | {"stop", "sweep", "nodes", "hop", "batches", "data", "models", "prune", "evaluate", "rollout", "tracking"}
+        | {"stop", "sweep", "nodes", "hop", "shares", "data", "models", "prune", "evaluate", "rollout", "tracking"}
         | {"report"},
         {"torch", "accelerate"},
     ),

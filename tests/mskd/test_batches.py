@@ -12,9 +12,10 @@ from tiny import build_llama, build_tokenizer
 from transformers import AttentionInterface
 
 from mskd import objective
-from mskd.batches import OnPolicy, forwards, lay_out
+from mskd.batches import OnPolicy
 from mskd.config import ConfigError, parse
 from mskd.data import Example, SequenceBatch, Splits
+from mskd.forwards import forwards, lay_out
 from mskd.hardware import detect
 from mskd.hop import Job, backward, real_tokens
 from mskd.models import Student, Teacher, check_offload

@@ -10,7 +10,8 @@ import torch
 import torch.multiprocessing as mp
 from tiny import build_llama, build_tokenizer
 
-from mskd import batches, checkpoint, objective
+from mskd import checkpoint, objective, shares
+from mskd.batches import OnPolicy
 from mskd.config import ConfigError
 from mskd.data import SequenceBatch, order
 from mskd.hop import backward, resolve_steps
@@ -34,7 +35,7 @@ def micros_of(kind, student, teacher, chosen, size):
     """Forwards over the chosen of 8 fixed sequences, `size` at a time."""
     prompts, responses = sequences(8, 0)
     made = []
-    for part in batches.chunks(chosen, size):
+    for part in shares.chunks(chosen, size):
         batch = SequenceBatch.from_sequences([prompts[i] for i in part], [responses[i] for i in part], 2)
         hidden = teacher.hidden(batch)
         if kind == "kd":
@@ -65,7 +66,7 @@ def gradients(accelerator, kind, size):
     student = Student(build_llama(build_tokenizer(), layers=2, seed=1))
     teacher = Teacher(build_llama(build_tokenizer(), layers=3, seed=2).requires_grad_(False), "fp32")
     prepared = accelerator.prepare(student)
-    micros = micros_of(kind, student, teacher, batches.deal(list(range(8)), accelerator), size)
+    micros = micros_of(kind, student, teacher, shares.deal(list(range(8)), accelerator), size)
     stats = backward(accelerator, prepared, micros)
     return stats, {n: p.grad.tolist() for n, p in student.model.named_parameters()}
 
@@ -132,10 +133,10 @@ def test_a_step_divides_by_the_tokens_of_the_whole_batch():
 
 def test_the_stream_leaves_nothing_out_and_draws_each_epoch_anew():
     items = list(range(10))
-    seen = [i for b in range(5) for i in batches.stream(items, b, 4, seed=1)]
+    seen = [i for b in range(5) for i in shares.stream(items, b, 4, seed=1)]
     assert sorted(seen[:10]) == items and sorted(seen[10:]) == items and seen[:10] != seen[10:]
     assert seen[:10] == order(10, 0, 1)
-    few = [i for b in range(2) for i in batches.stream(items[:3], b, 8, seed=1)]
+    few = [i for b in range(2) for i in shares.stream(items[:3], b, 8, seed=1)]
     assert [few.count(i) for i in range(3)] == [6, 5, 5] or sorted(few.count(i) for i in range(3)) == [5, 5, 6]
 
 
@@ -147,14 +148,14 @@ def test_batches_of_a_round_do_not_depend_on_the_number_of_processes(world):
         job = SimpleNamespace(
             accelerator=SimpleNamespace(num_processes=world, process_index=rank), teacher=object(), config=None
         )
-        source = batches.OnPolicy(job, phase, seed=9)
+        source = OnPolicy(job, phase, seed=9)
         mine = source.mine()
         source.rollout = SimpleNamespace(offsets=torch.arange(len(mine) + 1))
         for epoch in range(3):
             for number in range(4):
                 seen.setdefault((epoch, number), []).extend(mine[i] for i in source._batch(0, epoch, number))
     reference = {}
-    source = batches.OnPolicy(
+    source = OnPolicy(
         SimpleNamespace(accelerator=SimpleNamespace(num_processes=1, process_index=0), teacher=object()), phase, seed=9
     )
     source.rollout = SimpleNamespace(offsets=torch.arange(17))

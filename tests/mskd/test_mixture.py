@@ -18,7 +18,7 @@ from chain_setup import environment, tree, weights, write_rows
 from tiny import build_llama, build_tokenizer
 
 from mskd import checkpoint
-from mskd.batches import OnMixture, lanes, source_of
+from mskd.batches import OnMixture, source_of
 from mskd.chain import distill
 from mskd.config import parse, to_toml
 from mskd.data import Example, Splits
@@ -27,6 +27,7 @@ from mskd.hop import Job
 from mskd.models import Student, Teacher, load_model
 from mskd.nodes import Node
 from mskd.phases import OBJECTIVES
+from mskd.shares import lanes
 
 SMALL = {"batch_size": 4, "micro_batch_size": 2, "lr": 3e-3}
 DATA = (9, 8, 2)  # the data's response to every prompt
