@@ -12,7 +12,6 @@ same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +127,7 @@ class Bench:
             f"{a}>{b}": {"phases": [p.model_dump(mode="json", exclude_none=True) for p in self.phases(a, b, fraction)]}
             for a, b in sorted(pairs)
         }
-        short = {"limit": 1, "max_new_tokens": 1, "seeds": config.evaluation.seeds[:1]}  # the run's own: a formality
+        short = {"limit": 1, "max_new_tokens": 1, "seeds": config.evaluation.seeds[:1], "data": ()}  # a formality
         config = config.model_copy(
             update={"hop": hop, "evaluation": config.evaluation.model_copy(update=short), "name": "trial"}
         )
@@ -143,7 +142,7 @@ class Bench:
         file = evaluate.file_name(split, self.graph.data.fingerprint, settings, hashes)
         out = self.out / "evals" / checkpoint.weights_digest(folder)[:16] / file
         if out.exists():
-            figures = evaluate.summarize([json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()])
+            figures = evaluate.summarize(out)
         else:
             trust, options = node.config.trust_remote_code, {"attention": self.hardware.attention}
             teacher = models.load_teacher(node.folder, node.config.precision, self.hardware, trust_remote_code=trust)
