@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mskd import checkpoint, evaluate, hop, models, prune
+from mskd import card, checkpoint, evaluate, hop, models, prune, scores
 from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.data import SequenceBatch, end_token_id
 from mskd.hardware import Hardware, detect, keep_freed_memory
@@ -201,7 +201,10 @@ class Chain:
         for node in self.nodes.values():
             self.stop.check()
             self.done[node.key] = self._ensure(node)
+            if not (node.folder / "README.md").exists():
+                self._write_card(node)  # a run that is stopped while it evaluates leaves no model without one
             self.evals += self._evaluate(node)
+            self._write_card(node)
             progress()
 
     def _ensure(self, node: Node) -> dict[str, Any]:
@@ -249,7 +252,7 @@ class Chain:
             keep = prune.choose_layers(influence, node.config.layers)
             self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
             with checkpoint.new_folder(cut) as tmp:
-                models.save_model(prune.cut(model, keep), self.tokenizer, tmp, card=self._card(node))
+                models.save_model(prune.cut(model, keep), self.tokenizer, tmp)
                 checkpoint.write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
         self.accelerator.wait_for_everyone()
         if node.phases:
@@ -287,7 +290,6 @@ class Chain:
             accelerator=self.accelerator,
             stop=self.stop,
             validate_rollouts=self._validator(node, teacher) if teacher else None,
-            card=self._card(node),
         )
         try:
             self.stop.polled = True
@@ -296,23 +298,11 @@ class Chain:
             self.stop.polled = False
             self.accelerator.free_memory()
 
-    def _card(self, node: Node) -> str:
-        """The model card of a node: where the model comes from and how it was made."""
-        lines = ["---", "library_name: transformers", "tags: [mskd, distillation]", "---", "", f"# {node.name}", ""]
-        source = self.config.models[self.graph.origin(node.name)].source
-        if node.teacher:
-            objectives = ", then ".join(p.objective for p in node.phases)
-            lines.append(
-                f"Distilled with mskd {versions()['mskd']} along {node.key.replace('>', ' > ')} ({objectives})."
-            )
-        else:
-            lines.append(f"Made with mskd {versions()['mskd']} from {source}.")
-        lines += [
-            f"{self.graph.sizes[node.name]:,} parameters. Data: {self.config.data.source}. Seed {self.config.seed}.",
-            f"Node {node.hash}.",
-            f"The licence of the model it comes from ({source}) applies.",
-        ]
-        return "\n".join(lines) + "\n"
+    def _write_card(self, node: Node) -> None:
+        """The card of a finished node, with the figures there are of it by now."""
+        if self.main:
+            scores.record(node, self.graph, self.evals)
+            card.write(node, self.graph, self.done, self.echo)
 
     # -- evaluation --------------------------------------------------------------------------------
 

@@ -396,10 +396,8 @@ def _no_dropout(model: PreTrainedModel) -> None:
                 setattr(module, name, 0.0)
 
 
-def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str | None = None
-) -> None:
-    """Write an ordinary transformers folder: safetensors, config, generation config, tokenizer, README.md (`card`).
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary transformers folder: safetensors, config, generation config, tokenizer. Its card is card.py's.
 
     Raises OSError, with its errno, where the folder cannot be written.
     """
@@ -416,8 +414,6 @@ def save_model(
     with quiet(), disk_errors(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # -- tokenizers -----------------------------------------------------------------------------------

