@@ -234,11 +234,10 @@ def compared(rows: Sequence[Row], folder: Path) -> list[Row]:
     """The projections, with the ratio to the time of a result file of that GPU, and whether it is off by over 25 %."""
     measured: dict[tuple[str, str], tuple[str, float]] = {}
     for path in sorted(folder.glob("*.json")) if folder.exists() else []:
-        if path.name != "architectures.json":
-            for row in read_results(path)["rows"]:
-                if row["benchmark"] == "kl_kernel" and row["provider"].startswith("ours triton") and "ms_p50" in row:
-                    key = row["shape"], row["dtype"]
-                    measured[path.stem + key[0], key[1]] = path.stem, row["ms_p50"]
+        for row in read_results(path)["rows"]:
+            if row["benchmark"] == "kl_kernel" and row["provider"].startswith("ours triton") and "ms_p50" in row:
+                key = row["shape"], row["dtype"]
+                measured[path.stem + key[0], key[1]] = path.stem, row["ms_p50"]
     found = []
     for row in rows:
         own = [
