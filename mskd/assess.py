@@ -1,7 +1,7 @@
 """One model by itself, outside a run: what `mskd evaluate` does.
 
 found = evaluate_model("out/hops/student-from-teacher-0f/model", settings, data=["dolly.jsonl", "vicuna.jsonl"],
-                       teacher="smollm2-135m")
+                       tasks=["hellaswag"], teacher="smollm2-135m")
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mskd import checkpoint, evaluate, models
+from mskd import checkpoint, evaluate, models, reasoning
 from mskd.config import ConfigError, DataConfig, EvaluateConfig
 from mskd.data import Example, end_token_id, load_data, load_items
 from mskd.hardware import detect
@@ -25,21 +25,28 @@ def evaluate_model(
     settings: EvaluateConfig,
     *,
     data: Sequence[str] = (),
+    tasks: Sequence[str] = (),
     teacher: str | None = None,
     out: str | Path = "out",
     echo: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Evaluate one model on data sets: all rows of each, or where data.test is a number that many drawn ones.
 
-    model, teacher: hub id, folder, GGUF file or known name. data: files or hub ids, by default settings.data.source.
+    model, teacher: hub id, folder, GGUF file or known name. data: files or hub ids, by default settings.data.source;
+    none where only tasks are named. tasks: lm-eval's zero-shot tasks (`reasoning.load_tasks`).
     All are read before a model is loaded. What was evaluated before under `out`, by the same weights, items, protocol
     and teacher, is taken from there. Returns model, protocol, and under `data` for every set its file and the figures
-    of `statistics.summarize`. Raises ConfigError for anything the user can mend.
+    of `statistics.summarize`; under `tasks`, where some are named, what `reasoning.run_tasks` gives. Raises ConfigError
+    for anything the user can mend.
     """
     hardware = detect(settings.run.device, "auto", settings.run.attention)
     out = Path(out)
     checkpoint.check_writable(out)
-    sources = list(dict.fromkeys([*(data or [settings.data.source]), *settings.evaluation.data]))
+    asked = reasoning.load_tasks(tasks) if tasks else None
+    default = [] if tasks and "source" not in settings.data.model_fields_set else [settings.data.source]
+    sources = list(dict.fromkeys([*(data or default), *settings.evaluation.data]))
+    if teacher is not None and not sources:
+        raise ConfigError("a teacher is compared with on data sets, tasks have no use for it; give --data too")
     if len(sources) > 1 and isinstance(settings.data.test, str):
         raise ConfigError(
             f"data.test is a file, and {len(sources)} data sets are given; name it as one of them instead"
@@ -68,7 +75,12 @@ def evaluate_model(
         figures = summarize(_read(path))
         echo(_line(source, figures, next(iter(judges), None)))
         found[source] = {"file": str(path), **figures}
-    return {"model": model, "protocol": settings.evaluation.protocol, "data": found}
+    result: dict[str, Any] = {"model": model, "protocol": settings.evaluation.protocol, "data": found}
+    if asked is not None:
+        result["tasks"] = reasoning.run_tasks(loaded, tokenizer, asked, settings.evaluation, directory)
+        for name, figures in result["tasks"]["tasks"].items():
+            echo(reasoning.describe(name, figures))
+    return result
 
 
 def _items(data: DataConfig, settings: EvaluateConfig, tokenizer: Any) -> Items:

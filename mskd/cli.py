@@ -3,7 +3,7 @@
     mskd distill demo --out demo-out
     mskd distill --teacher M --via '{layers = 22}' --student '{layers = 16}' --data FILE
     mskd distill RECIPE --dry-run          mskd plan --teacher M --target 124M --write run.toml
-    mskd evaluate MODEL --data FILE --data FILE        mskd report RUN        mskd doctor
+    mskd evaluate MODEL --data FILE --tasks hellaswag  mskd report RUN        mskd doctor
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 143 stopped with the state saved.
 """
@@ -130,16 +130,23 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or known name.")],
     data: Annotated[
         list[str], typer.Option(help="Instruction data, repeat for more: all its rows, or set data.test for a split.")
-    ] = ["demo"],  # noqa: B006
+    ] = [],  # noqa: B006
+    tasks: Annotated[
+        list[str], typer.Option(help="Zero-shot tasks through lm-eval: names or .yaml files; commas, or repeat.")
+    ] = [],  # noqa: B006
     teacher: Annotated[str | None, typer.Option(help="Also agreement with, and reverse KL to, this model.")] = None,
     set: Set = [],  # noqa: A002, B006
     out: Out = Path("out"),
 ) -> None:
-    """ROUGE-L and perplexity of one model on each data set, with 95 % intervals; the last line is JSON."""
+    """ROUGE-L and perplexity of one model on each data set, accuracy on tasks; the last line is JSON.
+
+    Without --data and --tasks: on the demo's data.
+    """
     from mskd.assess import evaluate_model
 
-    settings = parse({"data": {"source": data[0]}}, set, where="flags", kind=EvaluateConfig)
-    figures = evaluate_model(model, settings, data=data, teacher=teacher, out=out, echo=say)
+    given = {"data": {"source": data[0]}} if data else {}
+    settings = parse(given, set, where="flags", kind=EvaluateConfig)
+    figures = evaluate_model(model, settings, data=data, tasks=tasks, teacher=teacher, out=out, echo=say)
     say(json.dumps(figures))
 
 
