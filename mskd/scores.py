@@ -26,6 +26,7 @@ MEANING = {
     "agreement": "share of the reference's tokens where the most likely token is the teacher's",
     "reverse_kl": "KL(model, teacher) in nats per token of the model's own answers; less is better, 0 is the teacher",
 }
+KEYS = {"data", "hub", "held_out", "trained_on", "protocol", "top", "precision", "figures"}  # of an evaluation
 Recorded = Mapping[str, Mapping[str, Any]]
 
 
@@ -50,10 +51,11 @@ def record(node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]]) -
 
 
 def recorded(node: Node) -> dict[str, Any]:
-    """evaluations.json of a node: by evaluation file its data, protocol, top teacher and figures."""
+    """evaluations.json of a node: by evaluation file what `record` wrote; what else stands there is passed over."""
     try:
-        return dict(json.loads((node.directory / "evaluations.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = json.loads((node.directory / "evaluations.json").read_text(encoding="utf-8"))
+        return {file: e for file, e in found.items() if e.keys() >= KEYS}
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

