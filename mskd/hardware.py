@@ -65,6 +65,7 @@ class Probe:
     cpu_memory_bytes: int
     flash_attn_installed: bool
     local_rank: int = 0
+    cpu_bf16: bool = False  # whether the CPU multiplies bf16 matrices by itself (AMX)
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,11 @@ def probe() -> Probe:
         gpus.append(Gpu(p.name, (p.major, p.minor), p.total_memory))
     return Probe(
         gpus=tuple(gpus),
-        cpu_name=_cpu_name(),
+        cpu_name=_cpu("model name") or platform.processor() or platform.machine(),
         cpu_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         flash_attn_installed=importlib.util.find_spec("flash_attn") is not None,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        cpu_bf16="amx_bf16" in _cpu("flags").split(),
     )
 
 
@@ -109,7 +111,7 @@ def detect(
     facts = facts or probe()
     reasons: dict[str, str] = {}
     gpu = _device(device, facts, reasons)
-    mixed = _mixed_precision(precision, gpu, reasons)
+    mixed = _mixed_precision(precision, gpu, facts, reasons)
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
     reasons["teacher"] = f"frozen models and sampling compute in {str(dtype).removeprefix('torch.')}, as training does"
     generation = gpu.generation if gpu else None
@@ -169,7 +171,7 @@ def _device(wish: str, facts: Probe, reasons: dict[str, str]) -> Gpu | None:
     return gpu
 
 
-def _mixed_precision(wish: str, gpu: Gpu | None, reasons: dict[str, str]) -> MixedPrecision:
+def _mixed_precision(wish: str, gpu: Gpu | None, facts: Probe, reasons: dict[str, str]) -> MixedPrecision:
     if wish not in ("auto", "fp32", "bf16", "fp16"):
         raise ConfigError(f"precision is {wish!r}; allowed: auto, fp32, bf16, fp16")
     bf16 = gpu is None or (gpu.generation is not None and gpu.generation.bf16)
@@ -181,7 +183,8 @@ def _mixed_precision(wish: str, gpu: Gpu | None, reasons: dict[str, str]) -> Mix
         reasons["precision"] = f"{wish}, as asked for"
         return "no" if wish == "fp32" else wish  # type: ignore[return-value]
     if gpu is None:
-        reasons["precision"] = "fp32: a CPU; bf16 is faster only on few of them, so it has to be asked for"
+        own = "this one has (AMX): train.precision = 'bf16' is faster" if facts.cpu_bf16 else "this one has not"
+        reasons["precision"] = f"fp32: few CPUs multiply in bf16 at full speed; {own}"
         return "no"
     if bf16:
         reasons["precision"] = f"bf16 over fp32 weights: {gpu.sm} has it at full speed, without loss scaling"
@@ -220,12 +223,10 @@ def _why_no_flash(gpu: Gpu | None, dtype: torch.dtype, facts: Probe) -> str | No
     return None
 
 
-def _cpu_name() -> str:
+def _cpu(field: str) -> str:
+    """A field of /proc/cpuinfo, "" where there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
+            return next((line.partition(":")[2].strip() for line in f if line.startswith(field)), "")
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,9 @@ def test_a_machine_without_gpu_computes_in_fp32():
     assert (hardware.mixed_precision, hardware.teacher_dtype, hardware.attention) == ("no", torch.float32, "sdpa")
     assert hardware.llm_int8
     assert detect("cpu", "bf16", facts=machine()).teacher_dtype == torch.bfloat16
+    assert hardware.reasons["precision"].endswith("this one has not")
+    amx = detect(facts=replace(machine(), cpu_bf16=True))
+    assert amx.mixed_precision == "no" and "train.precision = 'bf16' is faster" in amx.reasons["precision"]
 
 
 def test_wishes_are_granted():
