@@ -108,6 +108,7 @@ def results(evaluations: Recorded) -> list[Any]:
             task_type="text-generation",
             dataset_type=e["hub"] or e["data"],
             dataset_name=e["data"],
+            dataset_split="held-out" if e["held_out"] else None,  # of the same data more may have been evaluated
             metric_type={"rouge_l": "rouge"}.get(field, field),
             metric_name=f"{_title(field, e['top'])} ({e['protocol']['protocol']} protocol)",
             metric_value=value,
@@ -126,7 +127,8 @@ def blocks(node: Node, evaluations: Recorded) -> list[Block]:
     """For each evaluation a table: the model beside its top teacher and beside itself before the hop."""
     found: list[Block] = []
     for evaluation in evaluations.values():
-        found += [Heading(3, escaped(evaluation["data"])), _table(node, evaluation), Text(_protocol(evaluation))]
+        own = ", held out" if evaluation["held_out"] else ""
+        found += [Heading(3, escaped(evaluation["data"]) + own), _table(node, evaluation), Text(_protocol(evaluation))]
     return found
 
 

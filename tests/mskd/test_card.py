@@ -90,7 +90,9 @@ def test_the_figures_are_those_of_the_evaluation_files(world):
         assert [results[m].metric_value for m in ("perplexity", "rouge", "agreement", "reverse_kl")] == [
             x["mean"] for x in means
         ]
-        assert {r.dataset_name for r in results.values()} == {"- rows: [1] | *2*.jsonl"}
+        assert {(r.dataset_name, r.dataset_split) for r in results.values()} == {
+            ("- rows: [1] | *2*.jsonl", "held-out")
+        }
         for field, title in zip(FIELDS, ("Perplexity", "ROUGE-L", "Agreement with", "Reverse KL to"), strict=True):
             shown = [figure(found[m], field, "teacher", FORM[field]) for m in models]
             assert cells(loaded.text, title)[2:] == shown
