@@ -63,8 +63,9 @@ def load_tasks(given: Sequence[str]) -> Tasks:
         raise ConfigError("--tasks names no task; give a name such as hellaswag, or a .yaml file")
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
+    lm_eval = _lm_eval()  # before _silent: the libraries set their loggers' levels when they are imported
     with _aside(), _silent():
-        manager = _lm_eval().tasks.TaskManager(include_defaults=not all(map(_is_file, names)))  # takes seconds
+        manager = lm_eval.tasks.TaskManager(include_defaults=not all(map(_is_file, names)))  # takes seconds
         for name in names:
             found = _load(manager, name)
             for task in tasks.keys() & found["tasks"].keys():
