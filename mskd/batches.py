@@ -2,7 +2,7 @@
 
     source = source_of(job, index, seed)      # OnData, OnMixture or OnPolicy, by the phase at that place of the hop
     for step in range(first, steps):
-        micros = source.work(step)            # depends on the step's number and the weights alone
+        micros = source.work(step)            # depends on the step's number, the weights and source.state()
 
 A step's sequences are the same however many processes share them out (shares.py); forwards.py cuts them into forwards.
 """
@@ -16,15 +16,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mskd import checkpoint, objective
+from mskd.adaptive import RisingShare
 from mskd.data import Example, end_token_id, order
 from mskd.draw import uniforms
 from mskd.forwards import Ids, Micro, Supervised, forwards, lay_out, loss_options, plain_text, supervised
 from mskd.hidden import HiddenStates
 from mskd.models import copy_as
-from mskd.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, MixedPhase, OnPolicyPhase, SftPhase
+from mskd.phases import (
+    DistillmPhase,
+    KdPhase,
+    MinillmPhase,
+    Mixed,
+    MixedPhase,
+    OnPolicyPhase,
+    SftPhase,
+    resolve_steps,
+)
+from mskd.replay import ReplayBuffer
 from mskd.responses import Tick, answered
 from mskd.rollout import Rollout, sample
-from mskd.shares import across, by_rank, deal, lanes, of_rank, stream
+from mskd.shares import across, by_rank, deal, gathered, lanes, of_rank, stream
 
 if TYPE_CHECKING:
     from mskd.hop import Job
@@ -45,6 +56,8 @@ def source_of(job: Job, index: int, seed: int, tick: Tick = lambda done, all_: N
 class OnData:
     """Steps of an sft, kd or seqkd phase: examples (default: those of the data) in an order drawn anew each epoch."""
 
+    share: RisingShare | None = None
+
     def __init__(self, job: Job, phase: Supervised, seed: int, examples: Sequence[Example] | None = None) -> None:
         self.job, self.phase, self.seed = job, phase, seed
         self.examples = job.data.train if examples is None else examples
@@ -64,15 +77,26 @@ class OnData:
 
 
 class OnMixture:
-    """Steps of a gkd or distillm phase. A round: examples, of which the student answers its share anew."""
+    """Steps of a gkd or distillm phase. A round: examples, of which the student answers its share anew.
+
+    With `replay` part of that share is responses that it gave in earlier rounds, with their prompts.
+    """
 
     def __init__(self, job: Job, phase: Mixed, seed: int, examples: Sequence[Example]) -> None:
         self.job, self.phase, self.seed, self.examples = job, phase, seed, examples
         self.shown = phase.kind[0]
-        self.steps_per_round = phase.per_round // phase.batch_size
+        self.steps_per_round = phase.steps_per_round
         self.sampler = Sampler(job, phase, seed)
+        rule, steps = phase.adaptive_share, resolve_steps(phase, len(job.data.train))
+        self.share = None if rule is None else RisingShare(rule, phase.student_share)
+        self.replay = None if phase.replay is None else ReplayBuffer(phase.replay, steps, seed)
         self.round: int | None = None
         self.sequences: dict[int, Example] = {}  # this process's, by their place in the round
+
+    @property
+    def student_share(self) -> float:
+        """The share in force; it changes between rounds only."""
+        return self.phase.student_share if self.share is None else self.share.value
 
     def work(self, step: int) -> list[Micro]:
         number, inside = divmod(step, self.steps_per_round)
@@ -82,14 +106,34 @@ class OnMixture:
         micros = supervised(self.job, self.phase, [self.sequences[i] for i in deal(places, self.job.accelerator)])
         if isinstance(self.phase, DistillmPhase):
             micros += plain_text(self.job, self.phase, step, self.seed)
+        if self.replay is not None and inside == self.steps_per_round - 1:
+            new = gathered(self.job, [(i, self.sequences[i]) for i in self.own(number)])
+            self.replay.put([example for _, example in sorted(new, key=lambda pair: pair[0])])
         return micros
 
     def own(self, number: int) -> list[int]:
-        """This process's places of a round that the student answers; random numbers belong to (seed, sequence)."""
+        """This process's places of a round that the student answers anew."""
+        u = self._uniforms(number)
+        return [i for i in lanes(self.job, self.phase) if u[i] < self._fresh(number, i)]
+
+    def _uniforms(self, number: int) -> list[float]:
+        """A number for each place of a round, which decides whose response it gets: it belongs to (seed, sequence)."""
         first = number * self.phase.per_round
         sequences = torch.arange(first, first + self.phase.per_round)
-        u = uniforms(checkpoint.stream_seed(self.seed, "student_share"), sequences, torch.tensor(0)).tolist()
-        return [i for i in lanes(self.job, self.phase) if u[i] < self.phase.student_share]
+        return uniforms(checkpoint.stream_seed(self.seed, "student_share"), sequences, torch.tensor(0)).tolist()
+
+    def _fresh(self, number: int, place: int) -> float:
+        """Probability that the student answers a place of a round anew."""
+        step = number * self.steps_per_round + place // self.phase.batch_size
+        return self.student_share * (1.0 if self.replay is None else self.replay.fresh(step))
+
+    def _repeated(self, number: int) -> dict[int, Example]:
+        """What stands at the places of a round, those of all processes, that repeat a response of the student."""
+        if self.replay is None:
+            return {}
+        u = self._uniforms(number)
+        places = [i for i in range(self.phase.per_round) if self._fresh(number, i) <= u[i] < self.student_share]
+        return self.replay.draw(number, places)
 
     def _examples(self, number: int) -> list[Example]:
         seed = checkpoint.stream_seed(self.seed, "prompts")
@@ -106,31 +150,36 @@ class OnMixture:
 
     def _begin(self, number: int, responses: Sequence[Ids]) -> None:
         examples, answers = self._examples(number), dict(zip(self.own(number), map(tuple, responses), strict=True))
+        repeated = self._repeated(number)
         self.sequences = {
-            i: replace(examples[i], response_ids=answers.get(i, examples[i].response_ids))
+            i: repeated.get(i) or replace(examples[i], response_ids=answers.get(i, examples[i].response_ids))
             for i in lanes(self.job, self.phase)
         }
         self.round = number
 
     def state(self, step: int) -> dict[str, torch.Tensor]:
-        """The student's responses of a round that is under way."""
+        """The student's responses of a round that is under way; the share and the buffer where they change."""
+        kept = [part.state() for part in (self.share, self.replay) if part is not None]
+        tensors = {name: tensor for part in kept for name, tensor in part.items()}
         if self.round is None or step % self.steps_per_round == 0:
-            return {}
+            return tensors
         responses = [self.sequences[i].response_ids for i in self.own(self.round)]
-        tensors = {"ids": [t for r in responses for t in r], "lengths": [len(r) for r in responses]}
-        return by_rank(self.job, {k: torch.tensor(v, dtype=torch.int64) for k, v in tensors.items()})
+        return tensors | by_rank(self.job, checkpoint.pack_sequences(responses))
 
     def restore(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        for part in (self.share, self.replay):
+            if part is not None:
+                part.restore(tensors)
         own = of_rank(self.job, tensors)
         if own:
-            responses = [ids.tolist() for ids in own["ids"].split(own["lengths"].tolist())]
-            self._begin(step // self.steps_per_round, responses)
+            self._begin(step // self.steps_per_round, checkpoint.unpack_sequences(own))
 
 
 class OnPolicy:
     """Steps of a minillm phase. A round: sample `rollouts` sequences, score them once, `ppo_epochs` over them."""
 
     shown = "reverse_kl"  # the statistic of the progress line
+    share: RisingShare | None = None
 
     def __init__(self, job: Job, phase: MinillmPhase, seed: int) -> None:
         assert job.teacher is not None

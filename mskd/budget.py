@@ -152,9 +152,10 @@ class Budget:
             work += Work(trained * forward(teacher, prompt, response))
         answers = getattr(phase, "teacher_responses", None)
         own = phase.student_share if isinstance(phase, GkdPhase | DistillmPhase) else 0.0
-        if own and isinstance(phase, OnPolicyPhase):
+        if isinstance(phase, GkdPhase | DistillmPhase):
+            most = own if phase.adaptive_share is None else 1.0  # a bound: rounds may repeat responses of a buffer
             new = phase.max_new_tokens
-            work += self._decode([(student, 2.0)], trained * own, phase.rollout_batch_size, prompt, new)
+            work += self._decode([(student, 2.0)], trained * most, phase.rollout_batch_size, prompt, new)
         if answers is not None:
             count = min(trained * (1 - own), self.rows or trained) * (1 - answers.data_share)
             new = answers.max_new_tokens

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,3 +283,15 @@ def unpack_optimizer(
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def pack_sequences(sequences: Iterable[Sequence[int]]) -> dict[str, torch.Tensor]:
+    """Sequences of token ids as two int64 tensors: all `ids`, one after the other, and the `lengths`."""
+    kept = list(sequences)
+    flat = {"ids": [token for s in kept for token in s], "lengths": [len(s) for s in kept]}
+    return {name: torch.tensor(values, dtype=torch.int64) for name, values in flat.items()}
+
+
+def unpack_sequences(tensors: Mapping[str, torch.Tensor]) -> list[list[int]]:
+    """What `pack_sequences` was given."""
+    return [ids.tolist() for ids in tensors["ids"].split(tensors["lengths"].tolist())]

@@ -1,8 +1,8 @@
 """One hop: the training loop. A student goes through its phases, step by step, against the frozen model above it.
 
 Read `train` top to bottom: set-up, then a plain loop: save, roll out, score, loss, backward, step, log, validate. What
-a step trains on depends on its number and the weights alone, so that a run that was killed goes on where its newest
-state left it, bit for bit.
+a step trains on depends on its number, the weights and what the state holds, so that a run that was killed goes on
+where its newest state left it, bit for bit.
 The same loop prepares models (sft, without a teacher). Under `accelerate launch` every process runs it: sequences of an
 optimizer batch are dealt out to the processes, and the step equals that of one process with the same batch.
 """
@@ -27,7 +27,7 @@ from mskd.forwards import Micro, Supervised, supervised
 from mskd.hardware import Hardware
 from mskd.models import Student, Teacher, save_model
 from mskd.optim import learning_rate, make_optimizer
-from mskd.phases import MinillmPhase, Mixed, Phase
+from mskd.phases import MinillmPhase, Mixed, Phase, SftPhase, resolve_steps
 from mskd.rollout import Interrupted
 from mskd.tracking import Tracker
 
@@ -74,17 +74,6 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     phase_seconds: list[float] = field(default_factory=list)
-
-
-def resolve_steps(phase: Phase, items: int) -> int:
-    """Optimizer steps of a phase on `items` training prompts: `steps` or `epochs`, whichever comes first."""
-    limits = [] if phase.steps is None else [phase.steps]
-    if phase.epochs is not None:
-        trained = items * phase.epochs
-        if isinstance(phase, MinillmPhase):
-            trained *= phase.ppo_epochs
-        limits.append(max(1, math.floor(trained / phase.batch_size)))
-    return min(limits)
 
 
 # -- one optimizer step ----------------------------------------------------------------------------
@@ -174,9 +163,15 @@ def run_phase(job: Job, prepared: Any, progress: Progress, saved: checkpoint.Sta
             if agreed(acc, saver.due()):
                 saver.save()
             started = time.monotonic()
+            if source.share is not None and source.share.reference is None:
+                source.share.observe(validation_nll(job, prepared, phase))
             step(job, prepared, optimizer, source, phase, progress, steps, tracker)
             if phase.eval_every and (progress.step % phase.eval_every == 0 or progress.step == steps):
                 remember_best(job, prepared, phase, progress, best, tracker)
+                if source.share is not None:
+                    nll = validation_nll(job, prepared, phase)
+                    source.share.observe(nll)
+                    tracker.log({"eval/nll": nll}, step=progress.total_step, phase_step=progress.step, shown="nll")
             progress.seconds += time.monotonic() - started
     except Interrupted:
         saver.save()
@@ -214,6 +209,8 @@ def step(
     line |= {"train/lr": lr, "train/grad_norm": norm, "train/skipped": progress.skipped}
     line |= {"perf/tokens_per_s": stats["tokens"] / (now - started), "perf/rollout_s": sampled - started}
     line |= {"perf/real_tokens": real_tokens(acc, micros)}
+    if source.share is not None:
+        line |= {"train/student_share": source.share.value, "train/share_reference": source.share.reference}
     if progress.total_step % job.config.run.log_every == 0 or progress.step == steps:
         tracker.log(line, step=progress.total_step, phase_step=progress.step, shown=source.shown)
     if progress.skipped_in_a_row >= MAX_SKIPPED:
@@ -253,6 +250,14 @@ def validation_loss(job: Job, prepared: Any, phase: Supervised | Mixed) -> float
         value, _ = student(inputs.to(job.accelerator.device), loss.over(1.0))
         total, tokens = total + float(value), tokens + inputs.targets.numel()
     return total / tokens
+
+
+def validation_nll(job: Job, prepared: Any, phase: Phase) -> float:
+    """Cross-entropy per response token of the validation split, the same for every process."""
+    acc = job.accelerator
+    job.student.eval()
+    loss = validation_loss(job, prepared, SftPhase(steps=1, micro_batch_size=phase.micro_batch_size))
+    return float(acc.reduce(torch.tensor(loss, dtype=torch.float64, device=acc.device), "mean"))
 
 
 def finish_phase(job: Job, phase: Phase, progress: Progress, saver: Saver) -> None:

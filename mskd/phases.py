@@ -5,6 +5,7 @@ phase = MinillmPhase(steps=100, mix_alpha=0.1)          # or OBJECTIVES["minillm
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
@@ -19,6 +20,7 @@ from pydantic import (
 )
 
 Keep = Literal["last", "best"]
+LATER = ("teacher_responses", "adaptive_share", "replay")  # fields that came when there were nodes already
 
 
 class Frozen(BaseModel):
@@ -65,7 +67,7 @@ class PhaseBase(Frozen):
 
     def identity(self) -> dict[str, Any]:
         """What a node's hash covers. A field that came later is left out while it is off: old nodes stay valid."""
-        return {k: v for k, v in self.model_dump().items() if k != "teacher_responses" or v is not None}
+        return {k: v for k, v in self.model_dump().items() if k not in LATER or v is not None}
 
 
 class TeacherResponses(Frozen):
@@ -146,6 +148,31 @@ class OnPolicyPhase(PhaseBase):
         return self.rollouts or self.batch_size
 
 
+class AdaptiveShare(Frozen):
+    """The student's share rises when the validation loss has risen: by `step`, up to 1, and never falls.
+
+    It rises after a validation whose loss is at least the reference + `margin`; that loss is then the reference, before
+    it is the loss at the phase's start. The loss is the cross-entropy of the data's validation responses, in nats a
+    token. Rule and numbers are those of the code released with DistiLLM, which starts at a share of 0 and validates
+    once an epoch.
+    """
+
+    step: float = Field(0.1, gt=0, le=1)
+    margin: float = Field(0.1, ge=0, description="nats a token")
+
+
+class Replay(Frozen):
+    """Responses of the student are trained on again: the newest `capacity` ones of all processes, with their prompts.
+
+    Until there are that many, the student answers every time; then with probability `fresh`, after t of the phase's T
+    steps: decreasing 1 - t / T, constant 1 / 2, increasing t / T. Else a response of the buffer is taken, each at most
+    once a round. As in the code released with DistiLLM (its default: decreasing), whose buffer is one a process.
+    """
+
+    capacity: int = Field(1000, ge=1, description="sequences")
+    fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
+
+
 class MixedPhase(OnPolicyPhase):
     """Fields of gkd and distillm: a divergence per token, on responses of the student among those of the data.
 
@@ -154,14 +181,38 @@ class MixedPhase(OnPolicyPhase):
     No gradient goes through the sampling. The loss is the mean over the tokens of a batch; no factor T^2.
     """
 
-    student_share: float = Field(0.5, ge=0, le=1, description="share of the student's own responses in a round")
+    student_share: float = Field(
+        0.5, ge=0, le=1, description="share of the student's own responses in a round; with adaptive_share at the start"
+    )
+    adaptive_share: AdaptiveShare | None = None
+    replay: Replay | None = None
     sampling_temperature: float = Field(1.0, gt=0, description="of the student while it samples")
     temperature: float = Field(1.0, gt=0, description="of both models in the divergence")
     teacher_responses: TeacherResponses | None = None
 
+    @model_validator(mode="after")
+    def _adapts_between_rounds(self) -> MixedPhase:
+        if self.adaptive_share is not None and self.eval_every is None:
+            raise ValueError("adaptive_share needs eval_every, the number of steps between validations")
+        if self.adaptive_share is not None and self.eval_every and self.eval_every % self.steps_per_round:
+            raise ValueError(
+                f"adaptive_share changes between rounds of {self.steps_per_round} steps (rollouts / batch_size); "
+                f"eval_every ({self.eval_every}) must be a multiple of that"
+            )
+        if self.replay is not None and self.replay.capacity < self.per_round:
+            raise ValueError(
+                f"replay.capacity ({self.replay.capacity}) must be at least the {self.per_round} sequences of a round"
+            )
+        return self
+
     @property
     def needs_responses(self) -> bool:
         return self.eval_every is not None or (self.student_share < 1 and _needs_data(self.teacher_responses, None))
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of one round."""
+        return self.per_round // self.batch_size
 
 
 class GkdPhase(MixedPhase):
@@ -185,8 +236,12 @@ class GkdPhase(MixedPhase):
 class DistillmPhase(MixedPhase):
     """Skew KL(p || s p + (1 - s) q) or skew reverse KL(q || (1 - s) p + s q), s = skew; p teacher, q student.
 
-    DistiLLM, Ko et al., ICML 2024. The share of the student's responses is fixed here; the paper raises it when the
-    validation loss rises, and takes part of them from a replay buffer.
+    DistiLLM, Ko et al., ICML 2024. Its adaptive off-policy part is here too, off by default: a share of the student's
+    responses that starts low and rises when the validation loss rises (`student_share = 0.0`, `adaptive_share = {}`),
+    and a replay buffer (`replay = {}`). The idea is the paper's; rule, step, margin, capacity and schedules are those
+    of the code released with it (jongwooko/distillm, finetune.py), read on 2026-11-22. What differs: whose response it
+    is, is drawn for each sequence, there for a process's whole batch; the buffer is one for all processes, so that
+    their number changes no sequence; and where a round has several steps, both hold for the round.
     """
 
     objective: Literal["distillm"] = "distillm"
@@ -273,3 +328,14 @@ OBJECTIVES: dict[str, type[PhaseBase]] = {
     for phase in get_args(get_args(Phase)[0])
     for name in get_args(phase.model_fields["objective"].annotation)
 }
+
+
+def resolve_steps(phase: PhaseBase, items: int) -> int:
+    """Optimizer steps of a phase on `items` training prompts: `steps` or `epochs`, whichever comes first."""
+    limits = [] if phase.steps is None else [phase.steps]
+    if phase.epochs is not None:
+        trained = items * phase.epochs
+        if isinstance(phase, MinillmPhase):
+            trained *= phase.ppo_epochs
+        limits.append(max(1, math.floor(trained / phase.batch_size)))
+    return min(limits)

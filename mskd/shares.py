@@ -47,12 +47,17 @@ def lanes(job: Job, phase: OnPolicyPhase) -> list[int]:
 
 def by_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of every process by 'rank.name'."""
-    parts = [tensors]
-    if job.accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        parts = gather_object([tensors])
+    parts = gathered(job, [tensors])
     return {f"{rank}.{k}": v for rank, part in enumerate(parts) for k, v in part.items()}
+
+
+def gathered(job: Job, items: list) -> list:
+    """The items of every process, by rank."""
+    if job.accelerator.num_processes == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
 
 
 def of_rank(job: Job, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

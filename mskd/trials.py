@@ -23,9 +23,8 @@ from mskd.chain import distill
 from mskd.config import Config, ConfigError, all_paths
 from mskd.data import end_token_id
 from mskd.hardware import Hardware, detect
-from mskd.hop import resolve_steps
 from mskd.nodes import Graph
-from mskd.phases import Phase
+from mskd.phases import MixedPhase, Phase, resolve_steps
 from mskd.plan import from_config, with_paths
 
 SHARE = 1 / 3  # of the full sweep's steps, at most
@@ -82,6 +81,13 @@ def measure(config: Config, out: Path, echo: Callable[[str], None] = print) -> R
     return Ranking(tuple(ranking), spent, total, bench.config)
 
 
+def eval_every(phase: Phase, fraction: float) -> int | None:
+    """Steps between a trial's validations: none, or where the student's share follows them as many as in full."""
+    if not isinstance(phase, MixedPhase) or phase.adaptive_share is None or phase.eval_every is None:
+        return None
+    return max(1, math.floor(fraction * phase.eval_every / phase.steps_per_round)) * phase.steps_per_round
+
+
 class Bench:
     """Carries out trials of one configuration under a folder."""
 
@@ -101,7 +107,7 @@ class Bench:
         for phase in self.config.hop_phases(above, below):
             steps = max(1, math.floor(fraction * resolve_steps(phase, items)))
             own = {"steps": steps, "warmup_steps": math.floor(phase.warmup_steps * fraction)}
-            found.append(phase.model_copy(update=own | {"keep": "last", "eval_every": None}))
+            found.append(phase.model_copy(update=own | {"keep": "last", "eval_every": eval_every(phase, fraction)}))
         return found
 
     def steps(self, paths: Sequence[Path_], fraction: float) -> int:

@@ -64,9 +64,12 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "shares": (LEAVES | {"data", "hop"}, {"torch", "accelerate"}),
     "forwards": (LEAVES | {"data", "objective", "packing", "shares", "hop"}, set()),
     "hidden": (set(), {"torch"}),
+    "adaptive": ({"phases"}, {"torch"}),
+    "replay": ({"phases", "checkpoint", "data"}, {"torch"}),
     "batches": (
         LEAVES
-        | {"data", "draw", "models", "rollout", "objective", "responses", "shares", "forwards", "hidden", "hop"},
+        | {"data", "draw", "models", "rollout", "objective", "responses", "shares", "forwards", "hidden", "hop"}
+        | {"adaptive", "replay"},
         {"torch"},
     ),
     "hop": (
@@ -93,7 +96,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "budget": ({"config", "phases", "sizes", "models"}, set()),
     "plan": ({"config", "sizes", "budget"}, set()),
     "estimate": ({"config", "sizes", "budget", "plan", "sweep"}, set()),
-    "trials": (LEAVES | {"plan", "chain", "nodes", "hop", "models", "data", "evaluate"}, set()),
+    "trials": (LEAVES | {"plan", "chain", "nodes", "models", "data", "evaluate"}, set()),
     "cli": (
         {"config", "chain", "assess", "plan", "estimate", "trials", "report", "hardware", "rollout"},
         {"typer", "mskd_kernels"},

@@ -96,6 +96,20 @@ def test_a_hop_may_have_phases_of_its_own():
         ("phases.0={objective='gkd', steps=1, betta=0}", "unknown key 'phases.0.betta'; did you mean 'beta'?"),
         ("phases.0={objective='gkd', steps=1, rollouts=9}", "rollouts (9) must be a multiple of batch_size (8)"),
         ("phases.0={objective='distillm', steps=1, skew=1}", "skew is 1: input should be less than 1"),
+        (
+            "phases.0={objective='distillm', steps=1, adaptive_share={}}",
+            "adaptive_share needs eval_every, the number of steps between validations",
+        ),
+        (
+            "phases.0={objective='distillm', steps=1, adaptive_share={}, eval_every=3, rollouts=16}",
+            "changes between rounds of 2 steps (rollouts / batch_size); eval_every (3) must be a multiple of that",
+        ),
+        (
+            "phases.0={objective='distillm', steps=1, replay={capacity=4}}",
+            "replay.capacity (4) must be at least the 8 sequences of a round",
+        ),
+        ("phases.0={objective='gkd', steps=1, replay={fresh='never'}}", "'decreasing', 'constant' or 'increasing'"),
+        ("phases.0={objective='gkd', steps=1, adaptive_share={stepp=1}}", "did you mean 'step'?"),
         ("phases.0={objective='distillm', steps=1, divergence='jsd'}", "'skew_kl' or 'skew_reverse_kl'"),
         ("phases.0={objective='seqkd', steps=1, teacher_responses={topp=1}}", "did you mean 'top_p'?"),
         ("phases.0.teacher_responses={temperature=0}", "teacher_responses.temperature is 0: input should be greater"),

@@ -81,6 +81,8 @@ def one_of_two(rank, port, queue):
     }  # fmt: skip
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
+    job = SimpleNamespace(accelerator=accelerator)
+    assert shares.gathered(job, [(rank, "a"), (rank, "b")]) == [(0, "a"), (0, "b"), (1, "a"), (1, "b")]
     results = [gradients(accelerator, kind, 2 - rank) for kind in KINDS]  # 2 forwards beside 4
     accelerator.free_memory()  # the wrappers go before the process group: after it, torch can deadlock on the GIL
     if rank == 0:

@@ -41,6 +41,7 @@ def mixture(name="gkd", *, text=(), **changes):
     )
     models = {"teacher": {"source": "x"}, "student": {"source": "x"}}
     tree = {"models": models, "chain": {"paths": [["teacher", "student"]]}, "phases": [phase.model_dump()]}
+    tree |= {"data": {"validation": 1}, "run": {"save_every_s": 0.0}}
     draw = random.Random(1)
     prompts = [tuple(draw.randrange(4, 300) for _ in range(draw.randint(2, 20))) for _ in range(24)]
     job = Job(

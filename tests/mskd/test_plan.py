@@ -113,8 +113,9 @@ def test_flops_of_a_forward_by_hand():
 
 
 def tiny_budget(phase, rows=None, **changes):
+    data = {"max_prompt_tokens": 3, "max_tokens": 5, "validation": 1}
     tree = {"models": {"t": {"source": "t"}, "s": {"source": "s"}}, "chain": {"paths": [["t", "s"]]},
-            "data": {"max_prompt_tokens": 3, "max_tokens": 5}, "phases": [phase], **changes}  # fmt: skip
+            "data": data, "phases": [phase], **changes}  # fmt: skip
     return Budget(parse(tree), {"t": replace(TINY, layers=4), "s": TINY}, rows)
 
 
@@ -129,6 +130,10 @@ STUDENT = 2640
         ({"objective": "kd"}, (3 * STUDENT + TEACHER) * 40, 0),
         ({"objective": "seqkd", "teacher_responses": {"max_new_tokens": 2}}, 3 * STUDENT * 40, TEACHER * 40),
         ({"objective": "gkd", "max_new_tokens": 2}, (3 * STUDENT + TEACHER) * 40, STUDENT * 20),
+        ({"objective": "gkd", "max_new_tokens": 2, "replay": {}}, (3 * STUDENT + TEACHER) * 40, STUDENT * 20),
+        # a share that may rise counts as 1 for what the student answers, as its start for what the teacher does
+        ({"objective": "distillm", "max_new_tokens": 2, "student_share": 0.25, "adaptive_share": {}, "eval_every": 5,
+          "teacher_responses": {"max_new_tokens": 2}}, (3 * STUDENT + TEACHER) * 40, STUDENT * 40 + TEACHER * 30),
         # 40 sequences trained on are 20 samples, 2 epochs each: the second epoch of the teacher is its head alone
         ({"objective": "minillm", "rollouts": 4, "ppo_epochs": 2, "max_new_tokens": 2},
          3 * STUDENT * 40 + TEACHER * 20 + 160 * 20, (STUDENT + TEACHER) * 20),

@@ -9,7 +9,8 @@ from plan_setup import plan_config
 
 from bench.plan import compare, table
 from mskd.config import ConfigError, load, parse, to_toml
-from mskd.trials import SHARE, Bench, measure
+from mskd.phases import DistillmPhase, KdPhase
+from mskd.trials import SHARE, Bench, eval_every, measure
 
 
 def quiet(line: str) -> None:
@@ -36,6 +37,13 @@ def test_a_rung_never_takes_more_than_its_share(tmp_path):
     assert bench.fraction(paths, 1000) == 1.0
     with pytest.raises(ConfigError, match="too few steps to share out: 13 for the hops of 4 paths"):
         bench.fraction(paths, 13.9)  # 7 hops of two phases are 14 steps at least
+
+
+def test_only_a_share_that_follows_the_validation_is_validated_in_a_trial():
+    assert eval_every(KdPhase(steps=9, eval_every=3), 0.5) is None
+    assert eval_every(DistillmPhase(steps=9, eval_every=3), 0.5) is None
+    phase = DistillmPhase(steps=90, batch_size=4, rollouts=8, eval_every=30, adaptive_share={})
+    assert [eval_every(phase, fraction) for fraction in (1.0, 0.5, 0.01)] == [30, 14, 2]  # rounds of two steps
 
 
 def test_trials_choose_train_shared_hops_once_and_go_on(tmp_path):
