@@ -16,6 +16,7 @@ from mskd.data import Example, end_token_id, load_data, load_items
 from mskd.hardware import detect
 from mskd.statistics import Lines, read_lines, summarize
 from mskd.tables import COLUMNS, DASH, figure
+from mskd.tracking import ticker
 
 Items = tuple[Sequence[Example], str]  # with their fingerprint
 
@@ -54,13 +55,13 @@ def evaluate_model(
     folder = models.resolve_source(model)
     tokenizer = models.load_tokenizer(folder)
     sets = {s: _items(settings.data.model_copy(update={"source": s}), settings, tokenizer) for s in sources}
-    judges, hashes = {}, {}
+    judges: dict[str, models.Teacher] = {}
+    hashes: dict[str, str] = {}
     if teacher is not None:
         above = models.resolve_source(teacher)
         models.check_same_tokenizer(models.load_tokenizer(above), tokenizer, teacher, model)
-        name = Path(teacher).name
-        judges[name] = models.load_teacher(above, settings.precision, hardware)
-        hashes[name] = checkpoint.digest([models.content_hash(above), settings.precision])
+        judges = {Path(teacher).name: models.load_teacher(above, settings.precision, hardware)}
+        hashes = {Path(teacher).name: checkpoint.digest([models.content_hash(above), settings.precision])}
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
     echo(f"{model}: {models.num_parameters(loaded):,} parameters on {hardware.name}")
     directory = out / "evals" / checkpoint.weights_digest(folder)[:16]
@@ -71,7 +72,8 @@ def evaluate_model(
         if path.exists():
             echo(f"{source}: evaluated before, {path}")
         else:
-            evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, eos_id=eos)
+            told: dict[str, Any] = {"eos_id": eos, "tick": ticker(source)}
+            evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, **told)
         figures = summarize(_read(path))
         echo(_line(source, figures, next(iter(judges), None)))
         found[source] = {"file": str(path), **figures}

@@ -33,9 +33,10 @@ from mskd.phases import (
     resolve_steps,
 )
 from mskd.replay import ReplayBuffer
-from mskd.responses import Tick, answered
+from mskd.responses import answered
 from mskd.rollout import Rollout, sample
 from mskd.shares import across, by_rank, deal, gathered, lanes, of_rank, stream
+from mskd.tracking import Tick
 
 if TYPE_CHECKING:
     from mskd.hop import Job

@@ -29,7 +29,7 @@ from mskd.rollout import Interrupted
 from mskd.shares import chunks
 from mskd.stop import Stop
 from mskd.sweep import Cell, cells, check_size, is_sweep
-from mskd.tracking import check_trackers
+from mskd.tracking import Tick, check_trackers, ticker
 
 SAMPLE_ROWS = 32  # training rows on which block influence is measured
 
@@ -333,16 +333,17 @@ class Chain:
             self.echo(f"{node.key}: evaluating {stage}{f' on {source}' if source else ''}")
             teachers = {n.name: self._teacher(n) for n in judges}
             model = teachers[node.name].model if node.name in teachers else self._load(folder, node.config)
-            self._run_evaluation(model, items[0], self.out / file, teachers)
+            self._run_evaluation(model, items[0], self.out / file, teachers, ticker(f"{node.key}: evaluating {stage}"))
         return {"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"}
 
-    def _run_evaluation(self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher]) -> dict[str, Any]:
-        eos = end_token_id(self.tokenizer, self.config.data.template)
-        c = self.config.evaluation
+    def _run_evaluation(
+        self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher], tick: Tick = lambda done, all_: None
+    ) -> dict[str, Any]:
+        c, end = self.config.evaluation, end_token_id(self.tokenizer, self.config.data.template)
         with contextlib.ExitStack() as stack:
             for teacher in teachers.values():
                 stack.enter_context(teacher.on_device())
-            return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=eos)
+            return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=end, tick=tick)
 
     def _judges(self, node: Node) -> list[Node]:
         """Whose distributions a model is compared with: the top teacher of its path and the teacher of its hop."""

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def evaluate(
     teachers: Mapping[str, Teacher] | None = None,
     eos_id: int | None = None,
     need_references: bool = False,
+    tick: Callable[[int, int], None] = lambda done, all_: None,
 ) -> dict[str, Any]:
     """Evaluate a loaded causal language model; one JSON line for each item and seed goes to `out`, all or none.
 
@@ -63,7 +64,8 @@ def evaluate(
     Random numbers belong to (seed, item, position): models answer the same prompt with the same random numbers,
     whatever the order or size of batches, and no global random state is read or changed. A greedy protocol has one
     seed. One forward takes config.batch_size sequences. eos_id: the token that ends an answer, by default the
-    tokenizer's EOS (a chat template may have one of its own).
+    tokenizer's EOS (a chat template may have one of its own). tick: is told after every batch how many references and
+    answers of how many are done.
     Returns `mskd.statistics.summarize` of the lines. Raises ConfigError where `need_references` and no item has a
     reference, FloatingPointError where the model's output is not finite, OSError where `out` cannot be written.
     """
@@ -78,11 +80,13 @@ def evaluate(
     teachers = teachers or {}
     pad = tokenizer.pad_token_id
     eos = tokenizer.eos_token_id if eos_id is None else eos_id
+    seeds = config.seeds if config.sample else config.seeds[:1]
+    done = _Count(sum(bool(e.response_ids) for e in examples) + len(examples) * len(seeds), tick)
     lines = []
     with _evaluation_mode(model):
-        scores = _score_references(model, examples, teachers, config.batch_size, pad)
-        for number, seed in enumerate(config.seeds if config.sample else config.seeds[:1]):
-            answers, divergences = _answer(model, examples, teachers, config, seed, eos, pad)
+        scores = _score_references(model, examples, teachers, config.batch_size, pad, done)
+        for number, seed in enumerate(seeds):
+            answers, divergences = _answer(model, examples, teachers, config, seed, eos, pad, done)
             for item, example in enumerate(examples):
                 text = tokenizer.decode(answers[item], skip_special_tokens=True)
                 line: dict[str, Any] = {"item": item, "seed": seed}
@@ -93,6 +97,17 @@ def evaluate(
                 lines.append(line | {"reverse_kl": divergences[item]})
     write_text(out, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
     return summarize(lines)
+
+
+class _Count:
+    """How many of `total` are done; `tick` hears of it."""
+
+    def __init__(self, total: int, tick: Callable[[int, int], None]) -> None:
+        self.done, self.total, self.tick = 0, total, tick
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self.tick(self.done, self.total)
 
 
 def file_name(data: str, fingerprint: str, config: EvalConfig, teachers: Mapping[str, str] | None = None) -> str:
@@ -221,6 +236,7 @@ def _answer(
     seed: int,
     eos: int,
     pad: int,
+    done: _Count,
 ) -> tuple[list[list[int]], list[dict[str, float]]]:
     """Every item's answer, and for every teacher the mean over the answer's tokens of KL(model || teacher), nats."""
     answers: list[list[int]] = [[] for _ in examples]
@@ -234,6 +250,7 @@ def _answer(
             values = _reverse_kl(hidden, head, teacher.hidden(inputs), teacher.head)
             for item, part in zip(items, values.split([len(a) for a in batch]), strict=True):
                 divergences[item][name] = _finite(part.double().mean(), item)
+        done.add(len(items))
     return answers, divergences
 
 
@@ -241,7 +258,7 @@ def _answer(
 
 
 def _score_references(
-    model: Any, examples: Sequence[Example], teachers: Mapping[str, Teacher], size: int, pad: int
+    model: Any, examples: Sequence[Example], teachers: Mapping[str, Teacher], size: int, pad: int, done: _Count
 ) -> list[dict[str, Any]]:
     """nll, tokens and agreement with each teacher, for every item."""
     scores: list[dict[str, Any]] = [{"nll": None, "tokens": 0, "agreement": dict.fromkeys(teachers)} for _ in examples]
@@ -262,6 +279,7 @@ def _score_references(
             same = _top1(hidden, head, vocabulary) == _teacher_top1(teacher, batch, vocabulary)
             for item, part in zip(items, same.split(parts), strict=True):
                 scores[item]["agreement"][name] = part.double().mean().item()
+        done.add(len(items))
     return scores
 
 

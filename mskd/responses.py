@@ -10,7 +10,7 @@ draws the same, since random numbers belong to (seed, prompt).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +23,12 @@ from mskd.data import Example, end_token_id
 from mskd.draw import uniforms
 from mskd.phases import TeacherResponses
 from mskd.rollout import sample
+from mskd.tracking import Tick
 
 if TYPE_CHECKING:
     from mskd.hop import Job
 
 BATCHES = 8  # of the decoder in one part: what a kill can lose
-
-Tick = Callable[[int, int], None]  # is told how many prompts of how many have their response
 
 
 def answered(

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PLAIN_EVERY_S = 10.0  # at least, between lines where the output is no terminal
+
+Tick = Callable[[int, int], None]  # is told how much of how much is done
 
 
 class Tracker:
@@ -220,6 +222,21 @@ class _Progress:
         if self.done < step < self.total:
             parts.append(f"{duration((self.total - step) * (now - self._started) / (step - self.done))} left")
         return "  ".join(part for part in parts if part)
+
+
+def ticker(title: str) -> Tick:
+    """Tells of work that has no steps, now and then in a plain line on stderr: `title  160/2500  3:20 left`."""
+    started = printed = time.monotonic()
+
+    def tick(done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if 0 < done < total and now - printed >= PLAIN_EVERY_S:
+            printed = now
+            left = duration((total - done) * (now - started) / done)
+            print(f"{title}  {done}/{total}  {left} left", file=sys.stderr, flush=True)
+
+    return tick
 
 
 def _shown(metrics: Mapping[str, Any], key: str, form: str) -> str:

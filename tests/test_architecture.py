@@ -60,7 +60,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         | {"verdict"},
         set(),
     ),
-    "responses": (LEAVES | {"data", "draw", "rollout", "hop"}, {"torch"}),
+    "responses": (LEAVES | {"data", "draw", "rollout", "tracking", "hop"}, {"torch"}),
     "shares": (LEAVES | {"data", "hop"}, {"torch", "accelerate"}),
     "forwards": (LEAVES | {"data", "objective", "packing", "shares", "hop"}, set()),
     "hidden": (set(), {"torch"}),
@@ -69,7 +69,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "batches": (
         LEAVES
         | {"data", "draw", "models", "rollout", "objective", "responses", "shares", "forwards", "hidden", "hop"}
-        | {"adaptive", "replay"},
+        | {"adaptive", "replay", "tracking"},
         {"torch"},
     ),
     "hop": (
@@ -91,7 +91,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "accelerate"},
     ),
     "reasoning": ({"config", "checkpoint"}, {"lm_eval", "numpy", "torch"}),
-    "assess": (LEAVES | {"data", "models", "evaluate", "reasoning", "statistics", "tables"}, set()),
+    "assess": (LEAVES | {"data", "models", "evaluate", "reasoning", "statistics", "tables", "tracking"}, set()),
     "sizes": ({"config"}, set()),
     "budget": ({"config", "phases", "sizes", "models"}, set()),
     "plan": ({"config", "sizes", "budget"}, set()),

@@ -137,6 +137,14 @@ def test_a_teacher_reads_the_references_once_for_all_models(tmp_path, model, tea
     assert other == fresh
 
 
+def test_it_tells_how_far_it_is(tmp_path, model, examples, tokenizer):
+    told: list[tuple[int, int]] = []
+    asked = [*examples, example(tokenizer, "No answer here.", [])]
+    run(tmp_path, model, asked, settings(seeds=[10, 20]), tick=lambda done, total: told.append((done, total)))
+    assert {total for _, total in told} == {5 + 2 * 6} and told[-1][0] == 17  # references, answers of two seeds
+    assert [done for done, _ in told] == sorted({done for done, _ in told}) and len(told) > 4
+
+
 def test_rouge_l_is_the_best_over_references():
     references = ["The cat sat on the mat.", "Dogs were running quickly"]
     direct = RougeScorer(["rougeL"], use_stemmer=True).score(references[1], "a dog runs")["rougeL"].fmeasure

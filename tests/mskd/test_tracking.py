@@ -193,6 +193,17 @@ def steps(tmp_path, clock, seconds, *, done=0, total=40):
             tracker.log(metrics, step=step, phase_step=step, shown="reverse_kl")
 
 
+def test_a_ticker_is_silent_for_ten_seconds_then_says_how_long_it_takes(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(tracking, "time", clock)
+    tick = tracking.ticker("set.jsonl")
+    for done in range(1, 26):
+        clock.now += 1.0
+        tick(done, 25)
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines() == ["set.jsonl  10/25  0:15 left", "set.jsonl  20/25  0:05 left"]
+
+
 def test_plain_lines_come_at_most_every_ten_seconds_and_at_the_ends(tmp_path, monkeypatch, capsys):
     clock = Clock()
     monkeypatch.setattr(tracking, "time", clock)
