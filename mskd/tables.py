@@ -160,6 +160,8 @@ def stages(stored: Stored, hop: str) -> Table:
 def change(stored: Stored, hop: str) -> str:
     """In words, what the on-policy phases of a hop changed."""
     found = on_policy(stored, hop)
+    if hop not in stored.nodes:
+        return "This hop has not ended."
     if found is None:
         return "This hop has no on-policy phase."
     before, after = found["before"], found["after"]

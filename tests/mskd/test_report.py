@@ -249,6 +249,7 @@ def test_a_run_that_has_not_ended_has_a_report(run):
     assert results(report)["`teacher` > `ta`"][1] != "–"
     assert results(report)["`teacher` > `student`"][-1] == "–"
     assert "the evaluation of teacher \\> student" in report.split("## Absent")[1]
+    assert report.count("This hop has not ended.") == 2
     assert summary(run)["paths"][CHAIN]["seconds"] is None
 
 
