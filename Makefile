@@ -11,8 +11,9 @@ OUT ?= demo-out
 demo: $(STAMP)
 	$(BIN)/mskd distill demo --out $(OUT)
 
+# A process for every core (four at most: on a GPU each holds a context), one thread each, a file's tests in one process.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: $(STAMP)-eval
 	$(BIN)/python -m pytest -q -m slow
