@@ -233,9 +233,10 @@ def test_value_and_gradient_are_the_formulas_in_triton(case):
     check(case, "triton")
 
 
+# No bfloat16: the interpreter makes nonsense of float64 -> bfloat16 (1.0 becomes 9e-41), and truncates from float32.
 @pytest.mark.slow
 @interpreted
-@given(cases(vocabulary=2500, rows=2))
+@given(cases(vocabulary=2500, rows=2, dtypes=(torch.float16, torch.float32, torch.float64)))
 @settings(max_examples=150, **OPTIONS)
 def test_value_and_gradient_are_the_formulas_in_many_more_cases_in_triton(case):
     check(case, "triton")
