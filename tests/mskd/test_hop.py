@@ -14,10 +14,10 @@ from mskd import checkpoint, objective, shares
 from mskd.batches import OnPolicy
 from mskd.config import ConfigError
 from mskd.data import SequenceBatch, order
-from mskd.hop import backward, resolve_steps
+from mskd.hop import backward
 from mskd.models import Student, Teacher
 from mskd.optim import check_optimizer, learning_rate, make_optimizer
-from mskd.phases import KdPhase, MinillmPhase, SftPhase
+from mskd.phases import KdPhase, MinillmPhase, SftPhase, resolve_steps
 from mskd.rollout import Rollout
 
 
