@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mskd.checkpoint import write_json
-from mskd.hardware import probe
+from mskd.config.hardware import probe
+from mskd.store.checkpoint import write_json
 
 Call = Callable[[], Any]
 Stopwatch = Callable[[Call], float]  # a call -> the seconds it took

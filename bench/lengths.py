@@ -1,7 +1,7 @@
 """Answers whose lengths are given, by one rule for every sampler: models with random weights hardly ever end one.
 
     answers = Answers(prompts, lengths, end=vocabulary - 1)
-    rollout = answers.sample(student, teacher, prompts, ...)           # mskd.rollout.sample, same arguments
+    rollout = answers.sample(student, teacher, prompts, ...)           # mskd.sampling.rollout.sample, same arguments
     ids = model.generate(..., logits_processor=answers.processors(prompts))
 
 The end token is the vocabulary's last. Token L of an answer of length L is the end token, no token before it is; no
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from mskd import rollout
-from mskd.draw import signed, uniforms
+from mskd.sampling import rollout
+from mskd.sampling.draw import signed, uniforms
 
 MOST = 0.98  # a random number that ends nothing; the end token has less than the rest of the mass
 LEAST = -1e4  # score of a token that must not come; finite, as users of scores look for infinities
@@ -53,7 +53,7 @@ class Answers:
         return [self.lengths[tuple(p)] for p in prompts]
 
     def sample(self, student: Any, teacher: Any, prompts: Sequence[Sequence[int]], **options: Any) -> rollout.Rollout:
-        """`mskd.rollout.sample` with answers of these lengths. Raises ValueError where they are not."""
+        """`mskd.sampling.rollout.sample` with answers of these lengths. Raises ValueError where they are not."""
         last = {signed(i): n - 1 for i, n in zip(options["sequence_ids"], self.of(prompts), strict=True)}
         with mock.patch.object(rollout, "uniforms", _ending(last, options["mix_alpha"])):
             found = rollout.sample(student, teacher, prompts, **options)
@@ -73,7 +73,7 @@ class Answers:
 
 
 def _ending(last: dict[int, int], alpha: float) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """mskd.draw.uniforms, with almost 1 at the last position of each sequence.
+    """mskd.sampling.draw.uniforms, with almost 1 at the last position of each sequence.
 
     Of the numbers below alpha, which may draw the teacher's tokens, and of those above it, the lower part MOST is used.
     """

@@ -39,8 +39,8 @@ from torch.nn.functional import log_softmax, pad, softmax
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from bench.round_case import Case
-from mskd.phases import MinillmPhase
-from mskd.rollout import Rollout
+from mskd.config.phases import MinillmPhase
+from mskd.sampling.rollout import Rollout
 
 
 @dataclass

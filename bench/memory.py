@@ -29,14 +29,15 @@ import torch
 from bench.harness import RESULTS, Call, Row, environment, figures, finish, gate, interleave, peak_extra_bytes, table
 from bench.lengths import random_prompts, uniform
 from bench.shapes import SHAPES, random_model
-from mskd import batches, hop
-from mskd.chain import make_accelerator
 from mskd.config import parse
-from mskd.data import Example, Splits
-from mskd.hardware import detect, keep_freed_memory
+from mskd.config.hardware import detect, keep_freed_memory
+from mskd.config.phases import KdPhase
+from mskd.data.instructions import Example, Splits
 from mskd.models import Student, Teacher, copy_as
-from mskd.optim import make_optimizer
-from mskd.phases import KdPhase
+from mskd.run.chain import make_accelerator
+from mskd.training import hop
+from mskd.training.optim import make_optimizer
+from mskd.training.work import batches
 
 CHECKPOINT, CHUNK, PACK = {"gradient_checkpointing": True}, {"loss_chunk_mb": 32}, {"batching": "pack"}
 SMALL, EIGHT_BIT = {"micro_batch_size": 2}, {"optimizer": "adamw_8bit"}
@@ -50,7 +51,7 @@ LEVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # name -> (fields 
     "train.batching = pack": (PACK, {}),
     "train.precision = bf16": ({"precision": "bf16"}, {}),
 }
-GIVEN_BACK = "default, freed memory given back"  # without mskd.hardware.keep_freed_memory
+GIVEN_BACK = "default, freed memory given back"  # without mskd.config.hardware.keep_freed_memory
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}  # of the relative difference of the second step's loss
 
 

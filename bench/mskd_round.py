@@ -16,13 +16,14 @@ from unittest import mock
 import torch
 
 from bench.round_case import Case
-from mskd import batches, hop
 from mskd.config import Precision, parse
-from mskd.data import Example, Splits
+from mskd.config.phases import MinillmPhase
+from mskd.data.instructions import Example, Splits
 from mskd.models import Student, Teacher
-from mskd.optim import make_optimizer
-from mskd.phases import MinillmPhase
-from mskd.rollout import Rollout
+from mskd.sampling.rollout import Rollout
+from mskd.training import hop
+from mskd.training.optim import make_optimizer
+from mskd.training.work import batches
 
 PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from mskd.phases import MinillmPhase
-from mskd.rollout import Rollout
+from mskd.config.phases import MinillmPhase
+from mskd.sampling.rollout import Rollout
 
 
 def plain_loss(

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import environment
-from mskd.chain import distill
 from mskd.config import Config, load
-from mskd.hardware import detect
-from mskd.trials import Bench, measure
+from mskd.config.hardware import detect
+from mskd.plan.trials import Bench, measure
+from mskd.run.chain import distill
 
 
 def compare(config: Config, out: Path) -> dict[str, Any]:

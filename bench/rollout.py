@@ -8,7 +8,7 @@ Models have a recipe's shapes and random weights (shapes.py); the student is the
 second smallest. "unequal": prompts have 16 to 128 tokens and answers 16 to 256, uniform; "equal": all have the middle
 of both. Every provider is given the same prompts and obeys the same lengths, which none knows beforehand (lengths.py).
 
-    mskd                mskd.rollout.sample; it records log-probabilities besides
+    mskd                mskd.sampling.rollout.sample; it records log-probabilities besides
     mskd, not lazy      (mixture) the same, with the teacher decoding every token
     generate            transformers: prompts sorted by length, cut into batches and left-padded; for the mixture the
                         teacher decodes beside it in a logits processor, with its own cache (lmops.py)
@@ -48,10 +48,10 @@ from bench.harness import (
 from bench.lengths import Answers, random_prompts, uniform
 from bench.lmops import Mixed
 from bench.shapes import SHAPES, random_model
+from mskd.config.phases import MinillmPhase
 from mskd.models import Teacher
-from mskd.objective import score
-from mskd.phases import MinillmPhase
-from mskd.rollout import sample
+from mskd.sampling.rollout import sample
+from mskd.training.objective import score
 
 PROMPTS, ANSWERS = (16, 128), (16, 256)
 ALPHA = 0.2

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from bench.lengths import Answers, random_prompts, uniform
 from bench.parts import Parts
 from bench.shapes import SHAPES, random_model
-from mskd.hardware import Hardware
-from mskd.phases import MinillmPhase
+from mskd.config.hardware import Hardware
+from mskd.config.phases import MinillmPhase
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,9 @@ from bench.plain_loss import plain_loss
 from bench.round_case import Case, Size
 from bench.shapes import SHAPES
 from bench.trl_step import TrlStep
-from mskd.hardware import detect
-from mskd.phases import MinillmPhase
-from mskd.rollout import Rollout
+from mskd.config.hardware import detect
+from mskd.config.phases import MinillmPhase
+from mskd.sampling.rollout import Rollout
 
 CPU = Size(rollouts=8, batch=8, epochs=4, decoded=8, phases=1, steps=3)
 GPU = Size(rollouts=256, batch=64, epochs=4, decoded=32, phases=3, steps=10)  # a round of the paper's recipes

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from bench.round_case import Case
-from mskd.phases import MinillmPhase
-from mskd.rollout import Rollout
+from mskd.config.phases import MinillmPhase
+from mskd.sampling.rollout import Rollout
 
 
 class TrlStep:

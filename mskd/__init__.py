@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mskd.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
-    from mskd.chain import Run, distill
+    from mskd.run.chain import Run, distill
 
 __version__ = "0.1.0"
 __all__ = ["Config", "ConfigError", "Run", "distill", "load"]
@@ -20,7 +20,7 @@ __all__ = ["Config", "ConfigError", "Run", "distill", "load"]
 def __getattr__(name: str) -> Any:
     # torch and transformers are imported when they are needed, not by `import mskd`
     if name in ("distill", "Run"):
-        from mskd import chain
+        from mskd.run import chain
 
         return getattr(chain, name)
     raise AttributeError(f"module 'mskd' has no attribute {name!r}")

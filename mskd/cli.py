@@ -62,11 +62,11 @@ def distill(
         else from_recipe(recipe, teacher, via, student, data, set)
     )
     if dry_run:
-        from mskd.estimate import budget_table
+        from mskd.plan.estimate import budget_table
 
         say("\n".join(budget_table(config)))
         return
-    from mskd.chain import distill as run
+    from mskd.run.chain import distill as run
 
     result = run(config, out, yes=yes, echo=say)
     for path, folder in result.students.items():
@@ -94,8 +94,8 @@ def plan(
     out: Out = Path("out"),
 ) -> None:
     """Propose chains from a teacher to a student, with what each costs."""
-    from mskd import plan as planner
-    from mskd.estimate import proposals_table
+    from mskd.plan import proposals as planner
+    from mskd.plan.estimate import proposals_table
 
     if write is not None and (write.exists() or not write.parent.is_dir()):
         why = "exists and is not written over" if write.exists() else "is in no folder that exists"
@@ -114,8 +114,8 @@ def plan(
         chosen = config = parse(question.tree(data or "demo"), set, where="flags")
     say("\n".join(proposals_table(proposals, question.models, config)))
     if measure:
-        from mskd.trials import measure as run_trials
-        from mskd.trials import ranking_table
+        from mskd.plan.trials import measure as run_trials
+        from mskd.plan.trials import ranking_table
 
         found = run_trials(config, out, say)
         say("\n".join(ranking_table(found)))
@@ -142,7 +142,7 @@ def evaluate(
 
     Without --data and --tasks: on the demo's data.
     """
-    from mskd.assess import evaluate_model
+    from mskd.evaluation.evaluate_model import evaluate_model
 
     given = {"data": {"source": data[0]}} if data else {}
     settings = parse(given, set, where="flags", kind=EvaluateConfig)
@@ -153,7 +153,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's folder: OUT/runs/NAME.")]) -> None:
     """Write a run's report again from what is stored."""
-    from mskd.report import write_report
+    from mskd.report.report import write_report
 
     say(str(write_report(run)))
 
@@ -163,8 +163,8 @@ def doctor() -> None:
     """What this machine will use, and why."""
     import mskd_kernels
 
-    from mskd.chain import versions
-    from mskd.hardware import detect
+    from mskd.config.hardware import detect
+    from mskd.run.chain import versions
 
     hardware = detect()
     say(f"{hardware.name}: {hardware.memory_bytes / 2**30:.1f} GiB")
@@ -264,7 +264,7 @@ def _run() -> int:
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except Exception as e:
-        from mskd.rollout import Interrupted
+        from mskd.sampling.rollout import Interrupted
 
         if isinstance(e, Interrupted):
             return _fail(

@@ -1,8 +1,47 @@
-"""Before anything imports Triton: without a GPU its kernels are interpreted, in every test of this process."""
+"""Fixtures of all tests; and before anything imports Triton: without a GPU its kernels are interpreted."""
+
+from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
+import pytest
 import torch
+from tiny import build_llama, build_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from mskd.cli import main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a function is decorated, not when it is called
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A fresh tokenizer for each test, which may change it."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder (config, safetensors, tokenizer with chat template). Shared: read it, never write to it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = build_tokenizer()
+    build_llama(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: exit code, lines of stdout, lines of stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mskd", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        shown = capsys.readouterr()
+        return exit_.value.code, shown.out.splitlines(), shown.err.splitlines()
+
+    return call

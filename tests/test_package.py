@@ -40,9 +40,10 @@ def test_wheel_holds_the_two_packages_and_nothing_else(built):
     names = zipfile.ZipFile(built[0]).namelist()
     tops = {n.split("/")[0] for n in names}
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mskd", "mskd_kernels"}
-    assert "mskd/recipes/demo.toml" in names and "mskd/recipes/instructions.jsonl" in names
-    shipped = {f"{p.parent.name}/{p.name}" for p in [*ROOT.glob("mskd/*.py"), *ROOT.glob("kernels/mskd_kernels/*.py")]}
-    assert shipped <= set(names)
+    assert "mskd/config/recipes/demo.toml" in names and "mskd/config/recipes/instructions.jsonl" in names
+    shipped = {f"{p.relative_to(ROOT)}" for p in ROOT.glob("mskd/**/*.py")}
+    shipped |= {f"mskd_kernels/{p.name}" for p in ROOT.glob("kernels/mskd_kernels/*.py")}
+    assert shipped == {n for n in names if n.endswith(".py")}
 
 
 def test_sdist_has_no_importable_kernels_or_bench(built):

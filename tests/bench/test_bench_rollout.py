@@ -12,7 +12,7 @@ import torch
 
 from bench import rollout
 from bench.rollout import Cell, Models, Work, main
-from mskd import draw, slots
+from mskd.sampling import draw, slots
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,8 @@ from bench.parts import Parts, held
 from bench.plain_loss import plain_loss
 from bench.round_case import Case
 from bench.shapes import SHAPES, random_model
-from mskd.hardware import detect
-from mskd.rollout import sample
+from mskd.config.hardware import detect
+from mskd.sampling.rollout import sample
 
 END = 511  # of the tiny models
 SAMPLING = {"eos_id": END, "pad_id": END, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 5}
@@ -170,7 +170,7 @@ def test_the_sides_agree_and_a_wrong_one_is_not_timed(case, monkeypatch):
 
 
 def test_the_gate_sees_a_weight_that_is_wrong_in_mskd(case, monkeypatch):
-    from mskd.rollout import Rollout
+    from mskd.sampling.rollout import Rollout
 
     true = Rollout.importance_weights.fget
     monkeypatch.setattr(Rollout, "importance_weights", property(lambda self: true(self).clamp(max=1.0)))

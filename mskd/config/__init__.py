@@ -1,0 +1,25 @@
+"""What a run is and where it runs: the configuration, its phases, the machine's hardware, the recipes."""
+
+from mskd.config.schema import (
+    RECIPES,
+    Batching,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    EvaluateConfig,
+    ModelConfig,
+    Precision,
+    RunConfig,
+    TrainConfig,
+    all_paths,
+    load,
+    parse,
+    recipes,
+    to_toml,
+)
+
+__all__ = [
+    "RECIPES", "Batching", "Config", "ConfigError", "DataConfig", "EvalConfig", "EvaluateConfig", "ModelConfig",
+    "Precision", "RunConfig", "TrainConfig", "all_paths", "load", "parse", "recipes", "to_toml",
+]  # fmt: skip

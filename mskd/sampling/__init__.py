@@ -1,0 +1,1 @@
+"""Sampling: prompts -> a flat Rollout, from the student or from the mixture of teacher and student."""

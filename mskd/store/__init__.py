@@ -1,0 +1,1 @@
+"""The store on disk: what a run leaves there, and how it stays whole."""

@@ -1,0 +1,1 @@
+"""Training: the loop of a hop, its objective and its optimizer."""

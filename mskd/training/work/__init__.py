@@ -1,0 +1,1 @@
+"""What each optimizer step of a phase trains on."""

@@ -1,0 +1,134 @@
+"""The store on disk: nothing half-written is ever read, what is damaged is found, one process owns a folder."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mskd.config import ConfigError
+from mskd.store import checkpoint
+
+
+def test_digest_and_streams_depend_on_content_alone():
+    assert checkpoint.digest({"a": 1, "b": [2]}) == checkpoint.digest({"b": [2], "a": 1})
+    assert checkpoint.digest({"a": 1}) != checkpoint.digest({"a": 2})
+    seeds = {checkpoint.stream_seed(s, name, i) for s in range(3) for name in ("rollout", "lane") for i in range(3)}
+    assert len(seeds) == 18 and all(0 <= s < 2**62 for s in seeds)
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "f.json"
+    checkpoint.write_text(path, "old")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.write_text(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with checkpoint.new_folder(tmp_path / "model") as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), checkpoint.new_folder(tmp_path / "model") as folder:
+        (folder / "b").write_text("2")
+        raise RuntimeError
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["a"]
+    with checkpoint.new_folder(tmp_path / "model") as folder:
+        (folder / "c").write_text("3")
+    assert [p.name for p in (tmp_path / "model").iterdir()] == ["c"]
+
+
+def test_the_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from mskd import checkpoint\n"
+        "with checkpoint.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        (tmp_path / ".tmp-live").write_text("half")
+        with pytest.raises(ConfigError, match=f"process {other.pid}"), checkpoint.lock(tmp_path):
+            pass
+        assert (tmp_path / ".tmp-live").exists()  # the refused one removes nothing of the owner's
+    finally:
+        other.kill()
+        other.wait()
+    with checkpoint.lock(tmp_path):
+        assert not (tmp_path / ".tmp-live").exists()
+
+
+def test_states_replace_each_other_and_bring_everything_back(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    tensors, plain = checkpoint.pack_optimizer(optimizer)
+    checkpoint.save_state(tmp_path, {"step": 2}, tensors)
+    checkpoint.save_state(tmp_path, {"step": 3, "plain": plain}, tensors)
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".tmp-1").write_bytes(b"half")  # what a kill leaves: never read
+    state = checkpoint.load_state(tmp_path)
+    assert state.meta["step"] == 3
+    fresh = torch.optim.AdamW(model.parameters(), lr=0.1)
+    checkpoint.unpack_optimizer(fresh, state.tensors, state.meta["plain"])
+    before = [p.clone() for p in model.parameters()]
+    optimizer.step()
+    after = [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p, b in zip(model.parameters(), before, strict=True):
+            p.copy_(b)
+    fresh.step()
+    assert all(torch.equal(p, a) for p, a in zip(model.parameters(), after, strict=True))
+
+
+def test_a_damaged_state_is_found(tmp_path):
+    checkpoint.save_state(tmp_path / "state", {}, {"w": torch.arange(100.0)})
+    (path,) = (tmp_path / "state").iterdir()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="damaged.*remove that folder"):
+        checkpoint.load_state(tmp_path / "state")
+    assert checkpoint.load_state(tmp_path / "empty") is None
+
+
+@pytest.mark.parametrize("harm", ["bytes", "gone", "json", "keys"])
+def test_a_damaged_node_is_found(tmp_path, harm):
+    from safetensors.torch import save_file
+
+    with checkpoint.new_folder(tmp_path / "model") as folder:
+        save_file({"w": torch.arange(10.0)}, folder / "model.safetensors")
+    checkpoint.write_json(tmp_path / "done.json", {"weights": checkpoint.weights_digest(tmp_path / "model")})
+    assert checkpoint.read_done(tmp_path)["weights"]
+    if harm == "bytes":
+        save_file({"w": torch.arange(1.0, 11.0)}, tmp_path / "model" / "model.safetensors")
+    elif harm == "gone":
+        (tmp_path / "model").rename(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "done.json").write_text("{" if harm == "json" else "{}")
+    with pytest.raises(ConfigError, match="damaged"):
+        checkpoint.read_done(tmp_path)
+
+
+def test_no_done_file_means_not_done(tmp_path):
+    assert checkpoint.read_done(tmp_path) is None
+
+
+def test_what_a_killed_writer_left_of_a_file_goes_with_the_next_write(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left, living = (tmp_path / f".tmp-a.jsonl-{pid}" for pid in (dead.pid, os.getppid()))
+    other = tmp_path / f".tmp-b.jsonl-{dead.pid}"
+    for path in (left, living, other):
+        path.write_text("half")
+    checkpoint.write_text(tmp_path / "a.jsonl", "whole")
+    assert (tmp_path / "a.jsonl").read_text() == "whole"
+    assert not left.exists() and living.exists() and other.exists()
