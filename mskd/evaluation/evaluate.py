@@ -25,10 +25,11 @@ from mskd_kernels import linear_logprobs, linear_reverse_kl
 from torch import Tensor
 
 from mskd.config import ConfigError, EvalConfig
-from mskd.data.instructions import Example, SequenceBatch
+from mskd.data.instructions import Example
 from mskd.data.packing import cut
 from mskd.evaluation.statistics import paired_bootstrap, summarize
 from mskd.models import Head, Teacher, backbone, decoder_of, head_of
+from mskd.models.batch import SequenceBatch
 from mskd.sampling.draw import draw, uniforms
 from mskd.store.checkpoint import digest, stream_seed, write_text
 

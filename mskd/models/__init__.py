@@ -1,55 +1,17 @@
-"""Models: weights in and out. Where they come from, 8 bits, cutting, teacher and student, saving."""
+"""Models: weights in and out. Where they come from, 8 bits, cutting, student and teacher, saving."""
 
-from mskd.models.load import (
-    FAMILIES,
-    Family,
-    Head,
-    Size,
-    Student,
-    Teacher,
-    backbone,
-    check_offload,
-    check_precision,
-    check_same_tokenizer,
-    content_hash,
-    copy_as,
-    decoder_of,
-    family_of,
-    head_of,
-    layers_of,
-    load_model,
-    load_teacher,
-    load_tokenizer,
-    num_layers,
-    num_parameters,
-    resolve_source,
-    save_model,
-    size_of,
-)
+from mskd.models.batch import SequenceBatch
+from mskd.models.heads import FAMILIES, Family, Head, backbone, decoder_of, family_of, head_of, layers_of
+from mskd.models.load import copy_as, load_model, save_model
+from mskd.models.size import Size, num_layers, num_parameters, size_of
+from mskd.models.sources import content_hash, resolve_source
+from mskd.models.student import Student
+from mskd.models.teacher import Teacher, check_offload, check_precision, load_teacher
+from mskd.models.tokenizer import check_same_tokenizer, load_tokenizer
 
 __all__ = [
-    "FAMILIES",
-    "Family",
-    "Head",
-    "Size",
-    "Student",
-    "Teacher",
-    "backbone",
-    "check_offload",
-    "check_precision",
-    "check_same_tokenizer",
-    "content_hash",
-    "copy_as",
-    "decoder_of",
-    "family_of",
-    "head_of",
-    "layers_of",
-    "load_model",
-    "load_teacher",
-    "load_tokenizer",
-    "num_layers",
-    "num_parameters",
-    "resolve_source",
-    "save_model",
-    "size_of",
-]
+    "FAMILIES", "Family", "Head", "SequenceBatch", "Size", "Student", "Teacher", "backbone", "check_offload",
+    "check_precision", "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of", "head_of",
+    "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers", "num_parameters", "resolve_source",
+    "save_model", "size_of",
+]  # fmt: skip

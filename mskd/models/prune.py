@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mskd.config import ConfigError
-from mskd.models.load import backbone, decoder_of, family_of, layers_of
+from mskd.models.batch import SequenceBatch
+from mskd.models.heads import backbone, decoder_of, family_of, layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from mskd.data.instructions import SequenceBatch
 
 
 @torch.no_grad()

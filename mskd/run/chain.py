@@ -22,9 +22,10 @@ from mskd import models
 from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
 from mskd.config.phases import MinillmPhase
-from mskd.data.instructions import SequenceBatch, end_token_id
+from mskd.data.instructions import end_token_id
 from mskd.evaluation import evaluate
 from mskd.models import Teacher, prune
+from mskd.models.batch import SequenceBatch
 from mskd.run import card, card_figures
 from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop

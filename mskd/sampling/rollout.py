@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mskd.config import ConfigError
-from mskd.data.instructions import SequenceBatch
 from mskd.models import Teacher, head_of
+from mskd.models.batch import SequenceBatch
 from mskd.sampling.decode import Decoder
 from mskd.sampling.draw import signed, uniforms
 from mskd.sampling.slots import Slots

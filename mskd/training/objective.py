@@ -31,8 +31,8 @@ from mskd_kernels import (
 from torch import Tensor
 
 from mskd.config.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed
-from mskd.data.instructions import SequenceBatch
 from mskd.models import Head
+from mskd.models.batch import SequenceBatch
 from mskd.sampling.rollout import Rollout
 
 Stats = dict[str, Tensor]

@@ -19,7 +19,6 @@ from mskd.config import ConfigError, DataConfig
 from mskd.data.instructions import (
     ALPACA,
     ALPACA_CONTEXT,
-    SequenceBatch,
     end_token_id,
     load_data,
     load_items,
@@ -27,6 +26,7 @@ from mskd.data.instructions import (
     order,
 )
 from mskd.data.rows import DEMO
+from mskd.models.batch import SequenceBatch
 
 ROWS: list[dict[str, Any]] = [
     {

@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mskd.config import ConfigError
 from mskd.config.hardware import Hardware, detect
-from mskd.data.instructions import SequenceBatch
 from mskd.models import (
     Head,
     Student,
@@ -43,6 +42,7 @@ from mskd.models import (
     save_model,
     size_of,
 )
+from mskd.models.batch import SequenceBatch
 from mskd.models.quantize import Int8Linear
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, PAD]]

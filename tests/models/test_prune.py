@@ -9,8 +9,8 @@ from tiny import build_llama, build_tokenizer
 from transformers import GPT2Config, PreTrainedModel
 
 from mskd.config import ConfigError
-from mskd.data.instructions import SequenceBatch
 from mskd.models import backbone, layers_of, load_model, num_layers, save_model
+from mskd.models.batch import SequenceBatch
 from mskd.models.prune import block_influence, choose_layers, cut
 
 BATCHES = [

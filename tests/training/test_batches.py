@@ -14,9 +14,10 @@ from transformers import AttentionInterface
 from mskd.config import ConfigError, parse
 from mskd.config.hardware import detect
 from mskd.config.phases import KdPhase, MinillmPhase
-from mskd.data.instructions import Example, SequenceBatch, Splits
+from mskd.data.instructions import Example, Splits
 from mskd.data.packing import REAL, cut, fill_rows
 from mskd.models import Student, Teacher, check_offload
+from mskd.models.batch import SequenceBatch
 from mskd.models.offload import Waiting
 from mskd.training import objective
 from mskd.training.hop import Job, backward, real_tokens

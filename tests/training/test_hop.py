@@ -12,8 +12,9 @@ from tiny import build_llama, build_tokenizer
 
 from mskd.config import ConfigError
 from mskd.config.phases import KdPhase, MinillmPhase, SftPhase, resolve_steps
-from mskd.data.instructions import SequenceBatch, order
+from mskd.data.instructions import order
 from mskd.models import Student, Teacher
+from mskd.models.batch import SequenceBatch
 from mskd.sampling.rollout import Rollout
 from mskd.store import checkpoint
 from mskd.training import objective

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mskd.config.phases import DistillmPhase, GkdPhase, KdPhase, MinillmPhase
-from mskd.data.instructions import SequenceBatch
 from mskd.models import Head, Student, Teacher, head_of
+from mskd.models.batch import SequenceBatch
 from mskd.sampling.rollout import Rollout, sample
 from mskd.training import objective
 

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from mskd.config.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, SeqkdPhase, SftPhase
-from mskd.data.instructions import Example, SequenceBatch
+from mskd.data.instructions import Example
 from mskd.data.packing import cut, fill_rows
+from mskd.models.batch import SequenceBatch
 from mskd.store import checkpoint
 from mskd.training import objective
 from mskd.training.work.data_parallel import deal, stream

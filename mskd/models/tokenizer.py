@@ -1,0 +1,48 @@
+"""Tokenizers of model folders, and whether two are the same one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mskd.config import ConfigError
+from mskd.models.sources import first_line, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; it has an end token, and a padding token or that one for it. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as e:  # the tokenizers package raises bare Exceptions
+            raise ConfigError(f"cannot load the tokenizer in {folder}: {first_line(e)}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token; responses could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+PROBE = "In 1984, Zoë's 12345 cats don't\trun.\n\n  x = [y**2]; 日本語 😀 <|im_end|></s>"
+
+
+def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, name_a: str, name_b: str) -> None:
+    """ConfigError unless two tokenizers have the same tokens, the same end token and cut a probe text alike."""
+    why = None
+    if a.eos_token_id != b.eos_token_id:
+        why = f"their end tokens are {a.eos_token!r} ({a.eos_token_id}) and {b.eos_token!r} ({b.eos_token_id})"
+    elif a.get_vocab() != b.get_vocab():
+        ours, theirs = a.get_vocab(), b.get_vocab()
+        odd = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        why = f"{len(ours)} and {len(theirs)} tokens; {odd!r} is {ours.get(odd)} and {theirs.get(odd)}"
+    elif a(PROBE)["input_ids"] != b(PROBE)["input_ids"]:
+        why = "they cut the same text differently"
+    if why:
+        raise ConfigError(f"{name_a} and {name_b} have different tokenizers ({why}); a hop needs the same one")
