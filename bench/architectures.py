@@ -38,7 +38,7 @@ from triton.runtime.jit import compute_cache_key, create_function_from_signature
 from bench.harness import RESULTS, Row, environment, read_results, table
 from bench.kl_cases import Case
 from bench.kl_kernel import GPU_SHAPES
-from mskd.store.checkpoint import write_json
+from mskd.store.files import write_json
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)

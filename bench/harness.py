@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from mskd.config.hardware import probe
-from mskd.store.checkpoint import write_json
+from mskd.store.files import write_json
 
 Call = Callable[[], Any]
 Stopwatch = Callable[[Call], float]  # a call -> the seconds it took

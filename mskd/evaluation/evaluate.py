@@ -31,7 +31,8 @@ from mskd.evaluation.statistics import paired_bootstrap, summarize
 from mskd.models import Head, Teacher, backbone, decoder_of, head_of
 from mskd.models.batch import SequenceBatch
 from mskd.sampling.draw import draw, uniforms
-from mskd.store.checkpoint import digest, stream_seed, write_text
+from mskd.store.files import write_text
+from mskd.store.hashes import digest, stream_seed
 
 __all__ = ["evaluate", "file_name", "generate", "paired_bootstrap", "rouge_l", "summarize"]
 

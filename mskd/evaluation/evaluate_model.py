@@ -17,7 +17,8 @@ from mskd.data.instructions import Example, end_token_id, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.statistics import Lines, read_lines, summarize
 from mskd.report.tables import COLUMNS, DASH, figure
-from mskd.store import checkpoint
+from mskd.store.files import check_writable
+from mskd.store.hashes import digest, weights_digest
 from mskd.training.tracking import ticker
 
 Items = tuple[Sequence[Example], str]  # with their fingerprint
@@ -44,7 +45,7 @@ def evaluate_model(
     """
     hardware = detect(settings.run.device, "auto", settings.run.attention)
     out = Path(out)
-    checkpoint.check_writable(out)
+    check_writable(out)
     asked = zero_shot.load_tasks(tasks) if tasks else None
     default = [] if tasks and "source" not in settings.data.model_fields_set else [settings.data.source]
     sources = list(dict.fromkeys([*(data or default), *settings.evaluation.data]))
@@ -63,10 +64,10 @@ def evaluate_model(
         above = models.resolve_source(teacher)
         models.check_same_tokenizer(models.load_tokenizer(above), tokenizer, teacher, model)
         judges = {Path(teacher).name: models.load_teacher(above, settings.precision, hardware)}
-        hashes = {Path(teacher).name: checkpoint.digest([models.content_hash(above), settings.precision])}
+        hashes = {Path(teacher).name: digest([models.content_hash(above), settings.precision])}
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
     echo(f"{model}: {models.num_parameters(loaded):,} parameters on {hardware.name}")
-    directory = out / "evals" / checkpoint.weights_digest(folder)[:16]
+    directory = out / "evals" / weights_digest(folder)[:16]
     eos = end_token_id(tokenizer, settings.data.template)
     found: dict[str, Any] = {}
     for source, (items, fingerprint) in sets.items():

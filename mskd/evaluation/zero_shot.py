@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from mskd.config import ConfigError, EvalConfig
-from mskd.store.checkpoint import digest, write_json
+from mskd.store.files import write_json
+from mskd.store.hashes import digest
 
 SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234  # the defaults of lm-eval's command line
 LOCATION = {"dataset_path", "dataset_name", "dataset_kwargs"}  # where a task's data are, not what they are

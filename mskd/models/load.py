@@ -17,7 +17,7 @@ from torch import nn
 from mskd.config import ConfigError
 from mskd.models.heads import FAMILIES, unknown_family
 from mskd.models.sources import check_folder, first_line, quiet, read_json
-from mskd.store.checkpoint import disk_errors
+from mskd.store.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

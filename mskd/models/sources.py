@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mskd.config import ConfigError
-from mskd.store.checkpoint import disk_errors
+from mskd.store.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

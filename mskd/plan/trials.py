@@ -27,7 +27,7 @@ from mskd.evaluation import evaluate
 from mskd.plan.proposals import from_config, with_paths
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph
-from mskd.store import checkpoint
+from mskd.store.hashes import digest, weights_digest
 
 SHARE = 1 / 3  # of the full sweep's steps, at most
 
@@ -139,16 +139,16 @@ class Bench:
         config = config.model_copy(
             update={"hop": hop, "evaluation": config.evaluation.model_copy(update=short), "name": "trial"}
         )
-        name = f"trial-{checkpoint.digest(config.model_dump(mode='json'))[:8]}"
+        name = f"trial-{digest(config.model_dump(mode='json'))[:8]}"
         run = distill(config.model_copy(update={"name": name}), self.out, yes=True, echo=self.echo)
         return {path: self.reverse_kl(run.students[" > ".join(path)], path[0]) for path in paths}
 
     def reverse_kl(self, folder: Path, top: str, split: Literal["validation", "test"] = "validation") -> float:
         """KL(student || top teacher) per token of the student's own answers to the items of a split."""
         settings, node = self.config.evaluation, self.graph.nodes[top]
-        hashes = {top: checkpoint.digest([node.hash, node.config.precision])}
+        hashes = {top: digest([node.hash, node.config.precision])}
         file = evaluate.file_name(split, self.graph.data.fingerprint, settings, hashes)
-        out = self.out / "evals" / checkpoint.weights_digest(folder)[:16] / file
+        out = self.out / "evals" / weights_digest(folder)[:16] / file
         if out.exists():
             figures = evaluate.summarize(out)
         else:

@@ -21,7 +21,7 @@ from mskd.report.document import Block, Code, Heading, Items, Text, escaped, mar
 from mskd.report.page import page
 from mskd.report.results import LEVEL, Stored, comparisons, settings, shown
 from mskd.report.summary import summary
-from mskd.store.checkpoint import write_text
+from mskd.store.files import write_text
 
 __all__ = ["summary", "write_report"]
 

@@ -21,7 +21,8 @@ from mskd.report.document import Block, Heading, Items, Table, Text, escaped, ma
 from mskd.report.tables import duration, short
 from mskd.run import card_figures
 from mskd.run.nodes import Graph, Node
-from mskd.store import checkpoint
+from mskd.store.files import write_text
+from mskd.store.hashes import digest
 
 MAIN = ("steps", "epochs", "batch_size", "lr", "temperature", "kd_ratio", "mix_alpha", "student_share", "beta", "skew")
 QUESTION = "Name three rivers of Europe."
@@ -45,12 +46,12 @@ def write(node: Node, graph: Graph, done: Done, echo: Callable[[str], None] = pr
     if old is not None and not _is_signed(old):
         echo(f"{node.key}: its card was changed by hand and is left as it is ({path})")
         return
-    checkpoint.write_text(path, text)
+    write_text(path, text)
 
 
 def signed(text: str) -> str:
     """The text with a last line, not shown on the hub, by which it is known whether somebody changed it."""
-    return f"{text}\n<!-- written by mskd, {checkpoint.digest(text)[:16]} -->\n"
+    return f"{text}\n<!-- written by mskd, {digest(text)[:16]} -->\n"
 
 
 def _is_signed(text: str) -> bool:

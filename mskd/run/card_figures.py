@@ -18,7 +18,7 @@ from mskd.report.document import Block, Heading, Table, Text, escaped
 from mskd.report.results import mean
 from mskd.report.tables import FORM, TITLE, figure
 from mskd.run.nodes import Graph, Node
-from mskd.store import checkpoint
+from mskd.store.files import write_json
 
 MEANING = {
     "perplexity": "exp of the mean negative log-likelihood per response token, EOS included; less is better",
@@ -47,7 +47,7 @@ def record(node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]]) -
             evaluation = _evaluation(node, graph, entry.get("data"), {e["node"]: e["file"] for e in same})
             new |= {entry["file"]: evaluation} if evaluation["figures"].get("model") else {}
     if new:
-        checkpoint.write_json(node.directory / "evaluations.json", known | new)
+        write_json(node.directory / "evaluations.json", known | new)
 
 
 def recorded(node: Node) -> dict[str, Any]:

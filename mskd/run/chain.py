@@ -31,7 +31,10 @@ from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
 from mskd.run.sweep import Cell, cells, check_size, is_sweep
 from mskd.sampling.rollout import Interrupted
-from mskd.store import checkpoint
+from mskd.store.done import read_done
+from mskd.store.files import check_writable, new_folder, write_json, write_text
+from mskd.store.hashes import digest, stream_seed, weights_digest
+from mskd.store.locks import lock
 from mskd.training import hop
 from mskd.training.tracking import Tick, check_trackers, ticker
 from mskd.training.work.data_parallel import chunks
@@ -91,7 +94,7 @@ class Workplace:
     @contextlib.contextmanager
     def locked(self, folder: Path) -> Iterator[None]:
         """Hold a folder for this run; only the main process does."""
-        with checkpoint.lock(folder) if self.main else contextlib.nullcontext():
+        with lock(folder) if self.main else contextlib.nullcontext():
             yield
 
 
@@ -107,7 +110,7 @@ class Sweep:
         hardware = detect(config.run.device, config.train.precision, config.run.attention)
         if hardware.device.type == "cpu":
             keep_freed_memory()
-        checkpoint.check_writable(out)
+        check_writable(out)
         accelerator = make_accelerator(hardware)
         said = echo if accelerator.is_main_process else lambda line: None
         self.place = Workplace(out, stop, hardware, accelerator, said)
@@ -159,7 +162,7 @@ class Sweep:
                 )
         where = self.place.hardware.name
         header = f"mskd {versions()['mskd']}, {where}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n{versions()}"
-        checkpoint.write_text(path, to_toml(self.config, header))
+        write_text(path, to_toml(self.config, header))
 
     def _write_index(self) -> None:
         """index.json: the first cell's entry, those of all cells begun where it is a sweep, and where it ran."""
@@ -169,7 +172,7 @@ class Sweep:
         first = {k: v for k, v in entries[0].items() if k not in ("seed", "grid", "label")}
         every = {"cells": entries} if is_sweep(self.config) else {}
         where = {k: str(v) for k, v in dataclasses.asdict(self.place.hardware).items()}
-        checkpoint.write_json(
+        write_json(
             self.directory / "index.json",
             {"name": self.config.name, **first, **every, "hardware": where, "versions": versions()}
             | {"date": f"{datetime.now(UTC):%Y-%m-%d}"},
@@ -215,7 +218,7 @@ class Chain:
     def _ensure(self, node: Node) -> dict[str, Any]:
         """done.json of a node, after making the node if need be."""
         with self.place.locked(node.directory):
-            done = self._agree(checkpoint.read_done(node.directory) if self.main else None)
+            done = self._agree(read_done(node.directory) if self.main else None)
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
                 return done
@@ -228,7 +231,7 @@ class Chain:
             done |= {"key": node.key, "hash": node.hash, "versions": versions(), "hardware": self.hardware.name}
             done |= {"device": self.hardware.device.type, "processes": self.accelerator.num_processes}
             if self.main:
-                checkpoint.write_json(node.directory / "done.json", done)
+                write_json(node.directory / "done.json", done)
                 self._remove_states(node)
             self.accelerator.wait_for_everyone()
             return done
@@ -251,18 +254,18 @@ class Chain:
         cut = node.directory / ("cut" if node.phases else "model")
         if node.config.layers is not None and self.main and not cut.is_dir():
             model = self._load(folder, node.config)
-            rows = sorted(self.data.train, key=lambda e: checkpoint.digest(e.prompt))[:SAMPLE_ROWS]
+            rows = sorted(self.data.train, key=lambda e: digest(e.prompt))[:SAMPLE_ROWS]
             parts = chunks(rows, 8)
             influence = prune.block_influence(model, [self._sequences(p).to(self.hardware.device) for p in parts])
             keep = prune.choose_layers(influence, node.config.layers)
             self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
-            with checkpoint.new_folder(cut) as tmp:
+            with new_folder(cut) as tmp:
                 models.save_model(prune.cut(model, keep), self.tokenizer, tmp)
-                checkpoint.write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
+                write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
         self.accelerator.wait_for_everyone()
         if node.phases:
             return done | self._train(node, cut if node.config.layers is not None else folder, None)
-        return {"weights": checkpoint.weights_digest(cut), "parameters": self.graph.sizes[node.name]}
+        return {"weights": weights_digest(cut), "parameters": self.graph.sizes[node.name]}
 
     def _sequences(self, examples: list) -> SequenceBatch:
         return SequenceBatch.from_sequences(
@@ -283,7 +286,7 @@ class Chain:
         job = hop.Job(
             name=node.key,
             directory=node.directory,
-            seed=checkpoint.stream_seed(self.config.seed, node.hash),
+            seed=stream_seed(self.config.seed, node.hash),
             phases=node.phases,
             student=self._load(start, node.config),
             tokenizer=self.tokenizer,
@@ -329,10 +332,10 @@ class Chain:
     ) -> dict[str, Any]:
         """The entry of one model's evaluation on the run's own test items or those of `source`, made if need be."""
         judges = self._judges(node)
-        hashes = {t.name: checkpoint.digest([t.hash, t.config.precision]) for t in judges}
+        hashes = {t.name: digest([t.hash, t.config.precision]) for t in judges}
         data = Path(source or self.config.data.source).stem
         name = evaluate.file_name(data, items[1], self.config.evaluation, hashes)
-        file = Path("evals") / checkpoint.weights_digest(folder)[:16] / name
+        file = Path("evals") / weights_digest(folder)[:16] / name
         if self.main and not (self.out / file).exists():
             self.stop.check()
             self.echo(f"{node.key}: evaluating {stage}{f' on {source}' if source else ''}")

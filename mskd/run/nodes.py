@@ -16,7 +16,7 @@ from mskd.config import Config, ConfigError, ModelConfig
 from mskd.config.hardware import Hardware
 from mskd.config.phases import Phase
 from mskd.data.instructions import Example, Splits, further, load_data, load_items, load_text
-from mskd.store import checkpoint
+from mskd.store.hashes import FORMAT, digest
 from mskd.training.optim import check_optimizer
 
 Text = tuple[tuple[int, ...], ...]  # blocks of token ids
@@ -114,7 +114,7 @@ class Graph:
         data = load_data(c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
         rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
-        return data, text, checkpoint.digest([len(data.validation), rows])  # the test split determines no weights
+        return data, text, digest([len(data.validation), rows])  # the test split determines no weights
 
     def _further(self, source: str, echo: Callable[[str], None]) -> Items:
         """The items of a further data set and their fingerprint; says how many of them the students train on."""
@@ -205,10 +205,10 @@ class Graph:
         """What the hash of every trained node covers besides its own."""
         train = self.config.train.model_dump() | {"precision": self.hardware.mixed_precision}
         return {
-            "format": checkpoint.FORMAT,
+            "format": FORMAT,
             "seed": self.config.seed,
             "data": self.data_hash,
-            "text": checkpoint.digest(self.text),
+            "text": digest(self.text),
             "train": train,
         }
 
@@ -224,7 +224,7 @@ class Graph:
             own["sample"] = self.data_hash
         if m.prepare:
             own |= {"phases": [p.identity() for p in m.prepare]} | self._common()
-        value = checkpoint.digest(own)
+        value = digest(own)
         directory = self.out / "models" / f"{name}-{value[:12]}"
         plain = start is None and m.layers is None and not m.prepare
         source = self.folders[name] if plain else None
@@ -233,7 +233,7 @@ class Graph:
 
     def _hop_node(self, key: str, name: str, start: Node, teacher: Node) -> Node:
         phases = self.config.hop_phases(teacher.name, name)
-        value = checkpoint.digest(
+        value = digest(
             self._common()
             | {"phases": [p.identity() for p in phases], "student": start.hash, "teacher": teacher.hash}
             | {"teacher_precision": teacher.config.precision, "teacher_dtype": str(self.hardware.teacher_dtype)}

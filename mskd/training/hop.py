@@ -26,6 +26,8 @@ from mskd.data.instructions import Splits
 from mskd.models import Student, Teacher, save_model
 from mskd.sampling.rollout import Interrupted
 from mskd.store import checkpoint
+from mskd.store.files import new_folder
+from mskd.store.hashes import stream_seed, weights_digest
 from mskd.training import objective
 from mskd.training.optim import learning_rate, make_optimizer
 from mskd.training.tracking import Tracker
@@ -130,10 +132,10 @@ def train(job: Job) -> dict[str, Any]:
             run_phase(job, prepared, progress, saved, tracker)
             saved = None
     if acc.is_main_process:
-        with checkpoint.new_folder(job.directory / "model") as folder:
+        with new_folder(job.directory / "model") as folder:
             save_model(job.student, job.tokenizer, folder)
         done = {
-            "weights": checkpoint.weights_digest(job.directory / "model"),
+            "weights": weights_digest(job.directory / "model"),
             "parameters": sum(p.numel() for p in job.student.parameters()),
             "steps": progress.total_step,
             "tokens": progress.tokens,
@@ -148,7 +150,7 @@ def train(job: Job) -> dict[str, Any]:
 def run_phase(job: Job, prepared: Any, progress: Progress, saved: checkpoint.State | None, tracker: Tracker) -> None:
     """All steps of one phase, then its end: the best weights where they are kept, the snapshot, the state."""
     acc, phase = job.accelerator, job.phases[progress.phase]
-    seed = checkpoint.stream_seed(job.seed, "phase", progress.phase)
+    seed = stream_seed(job.seed, "phase", progress.phase)
     steps = resolve_steps(phase, len(job.data.train))
     optimizer = acc.prepare(make_optimizer(prepared, phase))
     source = source_of(job, progress.phase, seed, lambda done, all_: tracker.note("the teacher answers", done, all_))
@@ -264,7 +266,7 @@ def validation_nll(job: Job, prepared: Any, phase: Phase) -> float:
 def finish_phase(job: Job, phase: Phase, progress: Progress, saver: Saver) -> None:
     """Leave the phase's weights as a model of their own, unless they are the hop's result, and go on to the next."""
     if progress.phase < len(job.phases) - 1 and job.accelerator.is_main_process:
-        with checkpoint.new_folder(job.directory / "phases" / f"{progress.phase}-{phase.objective}") as folder:
+        with new_folder(job.directory / "phases" / f"{progress.phase}-{phase.objective}") as folder:
             save_model(job.student, job.tokenizer, folder)
     progress.phase_seconds.append(round(progress.seconds - sum(progress.phase_seconds), 1))
     progress.phase, progress.step, progress.best, progress.best_step = progress.phase + 1, 0, None, 0

@@ -6,7 +6,7 @@ import pytest
 
 from mskd.config import ConfigError, EvalConfig, load, parse, recipes, to_toml
 from mskd.config.phases import OBJECTIVES, KdPhase, MinillmPhase
-from mskd.store.checkpoint import digest
+from mskd.store.hashes import digest
 
 # Of the demo's phases, before seqkd, gkd and distillm came: its finished nodes stay valid.
 DEMO_PHASES = "2e5951ec7bfae647795b7f18068f0bb41ccfac9da17888b018a19a0b1d1e5035"

@@ -14,7 +14,7 @@ from mskd.data.instructions import Example
 from mskd.evaluation.evaluate import evaluate, file_name, generate, rouge_l, summarize
 from mskd.models import Teacher
 from mskd.sampling.draw import uniforms
-from mskd.store.checkpoint import stream_seed
+from mskd.store.hashes import stream_seed
 
 TEXTS = [
     ("Write a task.", ["A task that completes the request."]),

@@ -22,7 +22,8 @@ from mskd.run import card
 from mskd.run import card_figures as scores
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph
-from mskd.store import checkpoint
+from mskd.store.done import read_done
+from mskd.store.hashes import weights_digest
 
 STUDENT = "teacher>ta>student"
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
@@ -52,7 +53,7 @@ def world(tmp_path_factory):
 
 def read(given, out):
     graph = Graph(parse(given), out, detect("cpu"), lambda line: None)
-    return graph, {key: checkpoint.read_done(node.directory) for key, node in graph.nodes.items()}
+    return graph, {key: read_done(node.directory) for key, node in graph.nodes.items()}
 
 
 def facts_of(graph, done, key=STUDENT):
@@ -207,7 +208,7 @@ def test_the_same_run_again_changes_no_byte_and_another_protocol_adds_its_table(
     assert state(out) == after  # the card is the node's, whichever run comes last
     for key, node in graph.nodes.items():
         assert content_hash(node.folder) == hashes[node.folder]  # so a run that takes it as a source has the same nodes
-        assert done[key]["weights"] in (None, checkpoint.weights_digest(node.folder))
+        assert done[key]["weights"] in (None, weights_digest(node.folder))
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_a_kill_while_it_is_written_leaves_the_old_one(copied, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(checkpoint.os, "replace", killed)
+        m.setattr("mskd.store.files.os.replace", killed)
         with pytest.raises(KeyboardInterrupt):
             card.write(node, graph, done)
     assert path.read_bytes() == old

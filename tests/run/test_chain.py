@@ -12,6 +12,7 @@ from mskd.evaluation.statistics import read_lines, summarize
 from mskd.models import load_model, load_tokenizer, save_model
 from mskd.run.chain import distill
 from mskd.store import checkpoint
+from mskd.store.hashes import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,8 @@ def test_the_students_are_ordinary_models(finished):
 def test_both_paths_start_from_the_same_student_and_end_elsewhere(finished):
     run, out, _ = finished
     assert len(list((out / "models").glob("student-*"))) == 1
-    chain, direct = (checkpoint.weights_digest(f) for f in run.students.values())
-    start = checkpoint.weights_digest(next((out / "models").glob("student-*")) / "model")
+    chain, direct = (weights_digest(f) for f in run.students.values())
+    start = weights_digest(next((out / "models").glob("student-*")) / "model")
     assert len({chain, direct, start}) == 3
 
 
@@ -53,7 +54,7 @@ def test_what_lies_on_disk(finished):
     assert hops == {"ta-from-teacher", "student-from-ta", "student-from-teacher"}
     for folder in (out / "hops").iterdir():
         done = json.loads((folder / "done.json").read_text())
-        assert done["steps"] == 11 and done["weights"] == checkpoint.weights_digest(folder / "model")
+        assert done["steps"] == 11 and done["weights"] == weights_digest(folder / "model")
         steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [s["step"] for s in steps if "train/loss" in s] == list(range(1, 12))
         assert [s["step"] for s in steps if "eval/loss" in s] == [2, 4]
@@ -190,7 +191,7 @@ def test_a_model_may_be_prepared_and_cut_from_a_prepared_one(tiny_llama_folder, 
     distill(parse(base), tmp_path, echo=lambda line: None)
     (teacher,) = (tmp_path / "models").glob("teacher-*")
     assert json.loads((teacher / "done.json").read_text())["steps"] == 2
-    assert checkpoint.weights_digest(teacher / "model") != checkpoint.weights_digest(tiny_llama_folder)
+    assert weights_digest(teacher / "model") != weights_digest(tiny_llama_folder)
 
 
 def test_ten_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_state(tiny_llama_folder, data, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from chain_setup import environment, mskd, tree, weights, write_rows
 
 from mskd.config import parse, to_toml
-from mskd.store import checkpoint
+from mskd.store.locks import lock
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_while_another_process_holds_a_run_or_node_this_one_refuses(setting, tmp
     file, _, _ = setting
     (held,) = (file.parent / "whole").glob(folder)
     held = tmp_path / held.relative_to(file.parent / "whole")
-    with checkpoint.lock(held):
+    with lock(held):
         result = mskd("distill", file, "--out", tmp_path)
     assert result.returncode == 2
     last = result.stderr.strip().splitlines()[-1]

@@ -14,7 +14,7 @@ from test_mixture import DATA, Killed, dying_at, mixture
 from mskd.config.phases import AdaptiveShare, DistillmPhase, GkdPhase, Replay
 from mskd.data.instructions import Example
 from mskd.sampling.draw import uniforms
-from mskd.store import checkpoint
+from mskd.store.hashes import digest, stream_seed
 from mskd.training import hop
 from mskd.training.work.adaptive_share import RisingShare
 from mskd.training.work.data_parallel import lanes
@@ -103,7 +103,7 @@ def test_a_round_is_new_responses_repeated_ones_and_the_datas():
     for number in range(8):
         full, new, repeated = len(newest) == 10, [], []
         ids = torch.arange(8 * number, 8 * number + 8)
-        u = uniforms(checkpoint.stream_seed(5, "student_share"), ids, torch.tensor(0)).tolist()
+        u = uniforms(stream_seed(5, "student_share"), ids, torch.tensor(0)).tolist()
         source.work(2 * number)
         examples = source._examples(number)
         for i in range(8):
@@ -179,7 +179,7 @@ def test_rounds_with_a_buffer_do_not_depend_on_the_number_of_processes(monkeypat
 def test_off_they_change_neither_hash_nor_rounds():
     for phase in (GkdPhase(steps=1), DistillmPhase(steps=1)):
         assert not {"adaptive_share", "replay"} & phase.identity().keys()
-    digests = [checkpoint.digest(phase(steps=1).identity()) for phase in (GkdPhase, DistillmPhase)]
+    digests = [digest(phase(steps=1).identity()) for phase in (GkdPhase, DistillmPhase)]
     assert [d[:16] for d in digests] == ["b5c970da9220649d", "26bdc96e6fc777d4"]  # of before there were these fields
     on = DistillmPhase(steps=1, eval_every=1, adaptive_share={}, replay={}).identity()
     assert on["adaptive_share"] == {"step": 0.1, "margin": 0.1}

@@ -15,6 +15,7 @@ from mskd.config.phases import KdPhase, SeqkdPhase, TeacherResponses
 from mskd.data.instructions import Example, Splits
 from mskd.models import Teacher
 from mskd.sampling.rollout import Interrupted
+from mskd.store.hashes import stream_seed
 from mskd.training.hop import Job
 from mskd.training.work import teacher_responses as responses
 
@@ -48,9 +49,7 @@ def test_they_are_the_teachers_draws_and_are_never_drawn_again(job, monkeypatch)
     assert [e.prompt_ids for e in examples] == PROMPTS and all(1 <= len(e.response_ids) <= 6 for e in examples)
     assert all(e.response_ids[-1] == 2 or len(e.response_ids) == 6 for e in examples)
     for i, (prompt, found) in enumerate(zip(PROMPTS, examples, strict=True)):  # alone, from the model itself
-        u = responses.uniforms(
-            responses.checkpoint.stream_seed(5, "teacher_responses"), torch.tensor([i]), torch.tensor(range(6))
-        )
+        u = responses.uniforms(stream_seed(5, "teacher_responses"), torch.tensor([i]), torch.tensor(range(6)))
         ids, drawn = list(prompt), []
         while len(drawn) < 6 and drawn[-1:] != [2]:
             with torch.no_grad():

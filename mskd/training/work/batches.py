@@ -31,6 +31,7 @@ from mskd.models import copy_as
 from mskd.sampling.draw import uniforms
 from mskd.sampling.rollout import Rollout, sample
 from mskd.store import checkpoint
+from mskd.store.hashes import stream_seed
 from mskd.training import objective
 from mskd.training.tracking import Tick
 from mskd.training.work.adaptive_share import RisingShare
@@ -132,7 +133,7 @@ class OnMixture:
         """A number for each place of a round, which decides whose response it gets: it belongs to (seed, sequence)."""
         first = number * self.phase.per_round
         sequences = torch.arange(first, first + self.phase.per_round)
-        return uniforms(checkpoint.stream_seed(self.seed, "student_share"), sequences, torch.tensor(0)).tolist()
+        return uniforms(stream_seed(self.seed, "student_share"), sequences, torch.tensor(0)).tolist()
 
     def _fresh(self, number: int, place: int) -> float:
         """Probability that the student answers a place of a round anew."""
@@ -148,7 +149,7 @@ class OnMixture:
         return self.replay.draw(number, places)
 
     def _examples(self, number: int) -> list[Example]:
-        seed = checkpoint.stream_seed(self.seed, "prompts")
+        seed = stream_seed(self.seed, "prompts")
         return stream(self.examples, number, self.phase.per_round, seed)
 
     def _sample(self, number: int) -> list[list[int]]:
@@ -223,13 +224,13 @@ class OnPolicy:
         lanes = sorted({sequence % self.phase.batch_size for sequence in place})
         chosen = []
         for lane in lanes:
-            seed = checkpoint.stream_seed(self.seed, "lane", number, lane)
+            seed = stream_seed(self.seed, "lane", number, lane)
             chosen.append(place[order(self.batches, epoch, seed)[batch] * self.phase.batch_size + lane])
         return chosen
 
     def _sample(self, number: int) -> Rollout:
         phase, mine = self.phase, self.mine()
-        seed = checkpoint.stream_seed(self.seed, "prompts")
+        seed = stream_seed(self.seed, "prompts")
         examples = stream(self.job.data.train, number, phase.rollouts, seed)
         return self.sampler(
             [examples[i].prompt_ids for i in mine],
@@ -286,7 +287,7 @@ class Sampler:
     """Draws the student's responses: on a CPU from itself, on a GPU from a 16-bit copy at fixed addresses."""
 
     def __init__(self, job: Job, phase: OnPolicyPhase, seed: int) -> None:
-        self.job, self.phase, self.seed = job, phase, checkpoint.stream_seed(seed, "rollout")
+        self.job, self.phase, self.seed = job, phase, stream_seed(seed, "rollout")
         self.copy: Any = None
 
     def __call__(

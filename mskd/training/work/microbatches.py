@@ -15,7 +15,7 @@ from mskd.config.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, Seqk
 from mskd.data.instructions import Example
 from mskd.data.packing import cut, fill_rows
 from mskd.models.batch import SequenceBatch
-from mskd.store import checkpoint
+from mskd.store.hashes import stream_seed
 from mskd.training import objective
 from mskd.training.work.data_parallel import deal, stream
 
@@ -67,7 +67,7 @@ def plain_text(job: Job, phase: MinillmPhase | DistillmPhase, step: int, seed: i
     if not job.text or not phase.lm_weight:
         return []
     assert job.teacher is not None
-    blocks = deal(stream(job.text, step, phase.batch_size, checkpoint.stream_seed(seed, "text")), job.accelerator)
+    blocks = deal(stream(job.text, step, phase.batch_size, stream_seed(seed, "text")), job.accelerator)
     micros = []
     with job.teacher.on_device() if phase.kd_ratio else nullcontext():
         for part in forwards(job, [len(b) for b in blocks], phase.micro_batch_size):

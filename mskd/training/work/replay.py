@@ -19,6 +19,7 @@ import torch
 from mskd.config.phases import Replay
 from mskd.data.instructions import Example, order
 from mskd.store import checkpoint
+from mskd.store.hashes import stream_seed
 
 
 class ReplayBuffer:
@@ -26,7 +27,7 @@ class ReplayBuffer:
 
     def __init__(self, settings: Replay, steps: int, seed: int) -> None:
         self.settings, self.steps = settings, steps
-        self.seed = checkpoint.stream_seed(seed, "replay")
+        self.seed = stream_seed(seed, "replay")
         self.kept: deque[Example] = deque(maxlen=settings.capacity)
 
     def fresh(self, step: int) -> float:

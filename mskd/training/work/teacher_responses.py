@@ -22,7 +22,8 @@ from mskd.config.phases import TeacherResponses
 from mskd.data.instructions import Example, end_token_id
 from mskd.sampling.draw import uniforms
 from mskd.sampling.rollout import sample
-from mskd.store import checkpoint
+from mskd.store.files import write_text
+from mskd.store.hashes import stream_seed
 from mskd.training.tracking import Tick
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def answered(
     for i, (file, part) in enumerate(zip(files, parts, strict=True)):
         if i % acc.num_processes == acc.process_index and not file.exists():
             tick(part[0], len(examples))
-            checkpoint.write_text(file, _sampled(job, asked, part, seed))
+            write_text(file, _sampled(job, asked, part, seed))
     acc.wait_for_everyone()
     responses = [ids for file, part in zip(files, parts, strict=True) for ids in _read(file, part)]
     return tuple(replace(e, response_ids=ids) for e, ids in zip(examples, responses, strict=True))
@@ -60,7 +61,7 @@ def _sampled(job: Job, asked: TeacherResponses, part: Sequence[int], seed: int) 
     """The lines of one part."""
     assert job.teacher is not None
     examples = job.data.train
-    u = uniforms(checkpoint.stream_seed(seed, "data_share"), torch.tensor(part), torch.tensor(0))
+    u = uniforms(stream_seed(seed, "data_share"), torch.tensor(part), torch.tensor(0))
     kept = {i for i, x in zip(part, u.tolist(), strict=True) if x < asked.data_share}
     drawn = [i for i in part if i not in kept]
     with job.teacher.on_device():
@@ -76,7 +77,7 @@ def _sampled(job: Job, asked: TeacherResponses, part: Sequence[int], seed: int) 
             top_p=asked.top_p,
             top_k=asked.top_k,
             batch_size=asked.batch_size,
-            seed=checkpoint.stream_seed(seed, "teacher_responses"),
+            seed=stream_seed(seed, "teacher_responses"),
             sequence_ids=drawn,
             should_stop=job.stop if job.accelerator.num_processes == 1 else None,
         )

@@ -10,37 +10,41 @@ import torch
 
 from mskd.config import ConfigError
 from mskd.store import checkpoint
+from mskd.store.done import read_done
+from mskd.store.files import new_folder, write_json, write_text
+from mskd.store.hashes import digest, stream_seed, weights_digest
+from mskd.store.locks import lock
 
 
 def test_digest_and_streams_depend_on_content_alone():
-    assert checkpoint.digest({"a": 1, "b": [2]}) == checkpoint.digest({"b": [2], "a": 1})
-    assert checkpoint.digest({"a": 1}) != checkpoint.digest({"a": 2})
-    seeds = {checkpoint.stream_seed(s, name, i) for s in range(3) for name in ("rollout", "lane") for i in range(3)}
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+    seeds = {stream_seed(s, name, i) for s in range(3) for name in ("rollout", "lane") for i in range(3)}
     assert len(seeds) == 18 and all(0 <= s < 2**62 for s in seeds)
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "f.json"
-    checkpoint.write_text(path, "old")
+    write_text(path, "old")
 
     def full(fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.write_text(path, "new")
+        write_text(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with checkpoint.new_folder(tmp_path / "model") as folder:
+    with new_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("1")
-    with pytest.raises(RuntimeError), checkpoint.new_folder(tmp_path / "model") as folder:
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "model") as folder:
         (folder / "b").write_text("2")
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["a"]
-    with checkpoint.new_folder(tmp_path / "model") as folder:
+    with new_folder(tmp_path / "model") as folder:
         (folder / "c").write_text("3")
     assert [p.name for p in (tmp_path / "model").iterdir()] == ["c"]
 
@@ -48,19 +52,19 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_the_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from mskd import checkpoint\n"
-        "with checkpoint.lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+        "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         (tmp_path / ".tmp-live").write_text("half")
-        with pytest.raises(ConfigError, match=f"process {other.pid}"), checkpoint.lock(tmp_path):
+        with pytest.raises(ConfigError, match=f"process {other.pid}"), lock(tmp_path):
             pass
         assert (tmp_path / ".tmp-live").exists()  # the refused one removes nothing of the owner's
     finally:
         other.kill()
         other.wait()
-    with checkpoint.lock(tmp_path):
+    with lock(tmp_path):
         assert not (tmp_path / ".tmp-live").exists()
 
 
@@ -104,10 +108,10 @@ def test_a_damaged_state_is_found(tmp_path):
 def test_a_damaged_node_is_found(tmp_path, harm):
     from safetensors.torch import save_file
 
-    with checkpoint.new_folder(tmp_path / "model") as folder:
+    with new_folder(tmp_path / "model") as folder:
         save_file({"w": torch.arange(10.0)}, folder / "model.safetensors")
-    checkpoint.write_json(tmp_path / "done.json", {"weights": checkpoint.weights_digest(tmp_path / "model")})
-    assert checkpoint.read_done(tmp_path)["weights"]
+    write_json(tmp_path / "done.json", {"weights": weights_digest(tmp_path / "model")})
+    assert read_done(tmp_path)["weights"]
     if harm == "bytes":
         save_file({"w": torch.arange(1.0, 11.0)}, tmp_path / "model" / "model.safetensors")
     elif harm == "gone":
@@ -115,11 +119,11 @@ def test_a_damaged_node_is_found(tmp_path, harm):
     else:
         (tmp_path / "done.json").write_text("{" if harm == "json" else "{}")
     with pytest.raises(ConfigError, match="damaged"):
-        checkpoint.read_done(tmp_path)
+        read_done(tmp_path)
 
 
 def test_no_done_file_means_not_done(tmp_path):
-    assert checkpoint.read_done(tmp_path) is None
+    assert read_done(tmp_path) is None
 
 
 def test_what_a_killed_writer_left_of_a_file_goes_with_the_next_write(tmp_path):
@@ -129,6 +133,6 @@ def test_what_a_killed_writer_left_of_a_file_goes_with_the_next_write(tmp_path):
     other = tmp_path / f".tmp-b.jsonl-{dead.pid}"
     for path in (left, living, other):
         path.write_text("half")
-    checkpoint.write_text(tmp_path / "a.jsonl", "whole")
+    write_text(tmp_path / "a.jsonl", "whole")
     assert (tmp_path / "a.jsonl").read_text() == "whole"
     assert not left.exists() and living.exists() and other.exists()
