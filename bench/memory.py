@@ -36,8 +36,9 @@ from mskd.data.instructions import Example, Splits
 from mskd.models import Student, Teacher, copy_as
 from mskd.run.chain import make_accelerator
 from mskd.training import hop
+from mskd.training.job import Job
 from mskd.training.optim import make_optimizer
-from mskd.training.work import batches
+from mskd.training.work.on_data import OnData
 
 CHECKPOINT, CHUNK, PACK = {"gradient_checkpointing": True}, {"loss_chunk_mb": 32}, {"batching": "pack"}
 SMALL, EIGHT_BIT = {"micro_batch_size": 2}, {"optimizer": "adamw_8bit"}
@@ -94,12 +95,12 @@ class Case:
         ids = random_prompts([p + a for p, a in zip(prompts, answers, strict=True)], self.end + 1, 4)
         self.examples = tuple(Example("", x[:p], x[p:], ()) for x, p in zip(ids, prompts, strict=True))
 
-    def job(self, train: Mapping[str, Any], phase: KdPhase) -> hop.Job:
+    def job(self, train: Mapping[str, Any], phase: KdPhase) -> Job:
         """What hop.train would be given, with a fresh student."""
         models = {"teacher": {"source": "random"}, "student": {"source": "random"}}
         tree = {"models": models, "chain": {"paths": [["teacher", "student"]]}, "phases": [phase.model_dump()]}
         hardware = detect(self.device.type, train.get("precision", "fp32"))
-        return hop.Job(
+        return Job(
             name="bench",
             directory=Path(),  # nothing is stored
             seed=0,
@@ -122,7 +123,7 @@ def two_steps(case: Case, train: Mapping[str, Any], own: Mapping[str, Any]) -> t
     student = Student(job.student, gradient_checkpointing=job.config.train.gradient_checkpointing)
     prepared = job.accelerator.prepare(student)
     optimizer = job.accelerator.prepare(make_optimizer(prepared, phase))
-    source, progress = batches.OnData(job, phase, seed=0), hop.Progress()
+    source, progress = OnData(job, phase, seed=0), hop.Progress()
     losses: list[float] = []
     tracker: Any = SimpleNamespace(log=lambda line, **options: losses.append(line["train/loss"]))
     for _ in range(2):

@@ -22,8 +22,10 @@ from mskd.data.instructions import Example, Splits
 from mskd.models import Student, Teacher
 from mskd.sampling.rollout import Rollout
 from mskd.training import hop
+from mskd.training.job import Job
 from mskd.training.optim import make_optimizer
-from mskd.training.work import batches
+from mskd.training.work import student_sampler
+from mskd.training.work.on_policy import OnPolicy
 
 PRECISIONS: dict[torch.dtype, Precision] = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,7 +35,7 @@ class Mskd:
 
     def __init__(self, case: Case, phase: MinillmPhase) -> None:
         self.case, self.phase = case, phase
-        self.job = hop.Job(
+        self.job = Job(
             name="bench",
             directory=Path(),  # nothing is stored
             seed=0,
@@ -68,12 +70,12 @@ class Mskd:
             return hop.backward(self.case.accelerator, self.prepared, micros), source.rollout
 
     @contextmanager
-    def _split(self) -> Iterator[batches.OnPolicy]:
+    def _split(self) -> Iterator[OnPolicy]:
         """A source of steps; the functions of training are credited to their parts, answers have their lengths."""
-        case, source = self.case, batches.OnPolicy(self.job, self.phase, seed=0)
+        case, source = self.case, OnPolicy(self.job, self.phase, seed=0)
         with ExitStack() as stack:
             for owner, name, part, call in (
-                (batches, "sample", "rollout", case.answers.sample),
+                (student_sampler, "sample", "rollout", case.answers.sample),
                 (source, "work", "scoring", source.work),
                 (Teacher, "hidden", "teacher", Teacher.hidden),
                 (hop, "backward", "loss", hop.backward),

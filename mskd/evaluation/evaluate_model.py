@@ -15,11 +15,11 @@ from mskd.config import ConfigError, DataConfig, EvaluateConfig
 from mskd.config.hardware import detect
 from mskd.data.instructions import Example, end_token_id, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
+from mskd.evaluation.columns import COLUMNS, DASH, figure
 from mskd.evaluation.statistics import Lines, read_lines, summarize
-from mskd.report.tables import COLUMNS, DASH, figure
 from mskd.store.files import check_writable
 from mskd.store.hashes import digest, weights_digest
-from mskd.training.tracking import ticker
+from mskd.store.progress import ticker
 
 Items = tuple[Sequence[Example], str]  # with their fingerprint
 

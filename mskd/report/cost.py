@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mskd.evaluation.columns import DASH, FORM, mean
 from mskd.report.document import Table
-from mskd.report.results import Stored, mean, nodes_of, shown
-from mskd.report.tables import DASH, FORM, duration, short
+from mskd.report.results import Stored, nodes_of, shown
+from mskd.report.tables import duration, short
 
 GAINS = (("Perplexity", "perplexity"), ("Reverse KL", "reverse_kl"), ("ROUGE-L", "rouge_l"))
 

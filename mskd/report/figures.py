@@ -11,11 +11,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mskd.evaluation.columns import FORM, TITLE, mean
 from mskd.report.cost import cost
 from mskd.report.document import Picture
 from mskd.report.path_graph import GAP_X, HEIGHT, WIDTH, Spot, extent, layout, svg
-from mskd.report.results import ON_POLICY, Stored, mean, shown
-from mskd.report.tables import FORM, TITLE
+from mskd.report.results import ON_POLICY, Stored, shown
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 STYLES = ("-", "--", "-.", ":")

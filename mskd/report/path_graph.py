@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from mskd.report.results import Stored, mean, shown
-from mskd.report.tables import DASH, FORM, best_paths, parameters
+from mskd.evaluation.columns import DASH, FORM, mean
+from mskd.report.results import Stored, shown
+from mskd.report.tables import best_paths, parameters
 
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 168, 92, 64, 20, 12  # of a node and around it, in SVG units
 FIGURES = (("perplexity", "Perplexity"), ("reverse_kl", "Reverse KL"), ("rouge_l", "ROUGE-L"))

@@ -309,11 +309,3 @@ def comparisons(stored: Stored) -> list[dict[str, Any]]:
     for test, corrected in zip(found, holm([test["p"] for test in found]), strict=True):
         test["p_holm"] = corrected
     return found
-
-
-def mean(figures: Mapping[str, Any], field: str, teacher: str | None = None) -> float | None:
-    """The mean of one figure of `summarize`, or None."""
-    value = figures.get(field)
-    if field in ("reverse_kl", "agreement"):
-        value = (value or {}).get(teacher)
-    return value["mean"] if value else None

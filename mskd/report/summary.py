@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mskd.report.results import Stored, mean, on_policy, shown
+from mskd.evaluation.columns import mean
+from mskd.report.results import Stored, on_policy, shown
 
 # What a student must reach; the summary says for each whether it did.
 PERPLEXITY_GAIN, PERPLEXITY_RISE, ANSWER_KEPT = 5.0, 1.2, 0.75

@@ -8,26 +8,14 @@ Cells are inline Markdown (document.py). What is not known is a dash.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mskd.evaluation.columns import COLUMNS, DASH, FORM, MORE, TITLE, figure, mean
 from mskd.report.document import Table
-from mskd.report.results import LEVEL, Stored, mean, on_policy, shown
+from mskd.report.results import LEVEL, Stored, on_policy, shown
 
-DASH = "–"
 BETTER, WORSE = "▲", "▼"
-
-# The figures of a model: title, field, whether more is better (None: neither), form of a value.
-COLUMNS: tuple[tuple[str, str, bool | None, Callable[[float], str]], ...] = (
-    ("ROUGE-L", "rouge_l", True, "{:.1f}".format),
-    ("Perplexity", "perplexity", False, lambda x: f"{x:,.{0 if x >= 1000 else 1 if x >= 100 else 2}f}"),
-    ("Agreement, %", "agreement", True, lambda x: f"{100 * x:.1f}"),
-    ("Reverse KL", "reverse_kl", False, "{:z.3f}".format),
-    ("Answer, tokens", "answer_tokens", None, "{:.1f}".format),
-)
-TITLE = {field: title for title, field, _, _ in COLUMNS}
-MORE = {field: more for _, field, more, _ in COLUMNS}
-FORM = {field: form for _, field, _, form in COLUMNS}
 
 DEFINITIONS = """\
 Every figure is followed by its 95 % interval (percentile bootstrap over the test items); of the students with one start
@@ -87,26 +75,6 @@ def significance(stored: Stored, tests: Sequence[Mapping[str, Any]]) -> dict[tup
             if other == stored.direct(path) and test["p_holm"] < LEVEL:
                 marks[path, test["field"]] = BETTER if (sign * test["mean"] > 0) == MORE[test["field"]] else WORSE
     return marks
-
-
-def figure(
-    figures: Mapping[str, Any],
-    field: str,
-    teacher: str | None,
-    form: Callable[[float], str],
-    *,
-    bold: bool = False,
-    mark: str = "",
-) -> str:
-    """A cell: the value, its mark, its interval."""
-    value = figures.get(field)
-    if field in ("reverse_kl", "agreement"):
-        value = (value or {}).get(teacher)
-    if not value:
-        return DASH
-    text = form(value["mean"])
-    text = f"**{text}**" if bold else text
-    return f"{text}{f' {mark}' if mark else ''} [{form(value['low'])}, {form(value['high'])}]"
 
 
 # -- paths compared -------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mskd.evaluation.columns import FORM, TITLE, mean
 from mskd.evaluation.statistics import anova, spearman
 from mskd.report.document import Table, escaped
-from mskd.report.results import Stored, mean, shown
-from mskd.report.tables import FORM, TITLE, p_value
+from mskd.report.results import Stored, shown
+from mskd.report.tables import p_value
 
 FIELDS = ("rouge_l", "perplexity", "agreement", "reverse_kl")
 MIN_PAIRS = 4  # of a rank correlation; with three every order has p >= 1/3

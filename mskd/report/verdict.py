@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mskd.evaluation.columns import DASH, MORE, TITLE, mean
 from mskd.evaluation.statistics import paired_t
 from mskd.report.cost import cost
 from mskd.report.document import Table
-from mskd.report.results import COMPARED, LEVEL, Stored, mean, shown
-from mskd.report.tables import DASH, MORE, TITLE, difference, p_value
+from mskd.report.results import COMPARED, LEVEL, Stored, shown
+from mskd.report.tables import difference, p_value
 
 MIN_SEEDS = 3  # fewer say nothing about what another training would give
 

@@ -15,11 +15,10 @@ from typing import Any
 
 from mskd.config.phases import PRESETS, Phase
 from mskd.data.instructions import ALPACA, end_token_id
-from mskd.models import licence
 from mskd.models.sources import KNOWN, hub_id
 from mskd.report.document import Block, Heading, Items, Table, Text, escaped, markdown
 from mskd.report.tables import duration, short
-from mskd.run import card_figures
+from mskd.run import card_figures, licence
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_text
 from mskd.store.hashes import digest

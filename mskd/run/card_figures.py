@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mskd.evaluation.columns import FORM, TITLE, figure, mean
 from mskd.evaluation.statistics import read_lines, summarize
 from mskd.report.document import Block, Heading, Table, Text, escaped
-from mskd.report.results import mean
-from mskd.report.tables import FORM, TITLE, figure
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_json
 

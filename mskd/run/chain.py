@@ -35,8 +35,10 @@ from mskd.store.done import read_done
 from mskd.store.files import check_writable, new_folder, write_json, write_text
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
+from mskd.store.progress import Tick, ticker
 from mskd.training import hop
-from mskd.training.tracking import Tick, check_trackers, ticker
+from mskd.training.job import Job
+from mskd.training.tracking import check_trackers
 from mskd.training.work.data_parallel import chunks
 
 SAMPLE_ROWS = 32  # training rows on which block influence is measured
@@ -283,7 +285,7 @@ class Chain:
     def _train(self, node: Node, start: Path, teacher: Node | None) -> dict[str, Any]:
         shown = " then ".join(p.objective for p in node.phases)
         self.echo(f"{node.key}: {shown}" + (f" against {teacher.name} ({teacher.config.precision})" if teacher else ""))
-        job = hop.Job(
+        job = Job(
             name=node.key,
             directory=node.directory,
             seed=stream_seed(self.config.seed, node.hash),

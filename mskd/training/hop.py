@@ -12,55 +12,30 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mskd.config import Config, ConfigError
-from mskd.config.hardware import Hardware
+from mskd.config import ConfigError
 from mskd.config.phases import MinillmPhase, Mixed, Phase, SftPhase, resolve_steps
-from mskd.data.instructions import Splits
-from mskd.models import Student, Teacher, save_model
+from mskd.models import Student, save_model
 from mskd.sampling.rollout import Interrupted
 from mskd.store import checkpoint
 from mskd.store.files import new_folder
 from mskd.store.hashes import stream_seed, weights_digest
 from mskd.training import objective
+from mskd.training.job import Job
 from mskd.training.optim import learning_rate, make_optimizer
 from mskd.training.tracking import Tracker
-from mskd.training.work.batches import source_of
 from mskd.training.work.microbatches import Micro, Supervised, supervised
+from mskd.training.work.source import source_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10  # steps in a row without a finite loss and gradient before a run gives up
-
-
-# -- what a hop is ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that one call of `train` needs. `seed` is the node's own: every random stream derives from it."""
-
-    name: str
-    directory: Path
-    seed: int
-    phases: tuple[Phase, ...]
-    student: Any  # a loaded transformers model in fp32
-    tokenizer: Any
-    teacher: Teacher | None
-    data: Splits
-    text: tuple[tuple[int, ...], ...]
-    config: Config
-    hardware: Hardware
-    accelerator: Accelerator
-    stop: Callable[[], bool] = lambda: False
-    validate_rollouts: Callable[[Any, str], float] | None = None  # of a minillm phase with keep = "best"
 
 
 @dataclass

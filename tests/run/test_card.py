@@ -15,9 +15,9 @@ from mskd.config import DataConfig, parse
 from mskd.config.hardware import detect
 from mskd.config.phases import OBJECTIVES
 from mskd.data.instructions import load_items
+from mskd.evaluation.columns import FORM, figure
 from mskd.evaluation.statistics import read_lines, summarize
 from mskd.models import content_hash, licence
-from mskd.report.tables import FORM, figure
 from mskd.run import card
 from mskd.run import card_figures as scores
 from mskd.run.chain import distill

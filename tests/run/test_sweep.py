@@ -275,7 +275,7 @@ def test_killed_in_its_middle_a_sweep_ends_with_the_same_bits_and_trains_nothing
     file.write_text(to_toml(config))
     code = (
         "import os, signal, sys\n"
-        "import mskd; from mskd import hop\n"
+        "import mskd; from mskd.training import hop\n"
         "real, left = hop.backward, [int(sys.argv[3])]\n"
         "def dying(*args, **kwargs):\n"
         "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -51,7 +51,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_the_second_process_is_refused_and_a_killed_one_lets_go(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from mskd import checkpoint\n"
+        "import sys, time; from pathlib import Path; from mskd.store.locks import lock\n"
         "with lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)

@@ -151,7 +151,7 @@ def test_rounds_with_a_buffer_do_not_depend_on_the_number_of_processes(monkeypat
     whole, job = mixture("distillm", **REPLAYED)
     rounds, brought = [], []
     for step in range(16):
-        monkeypatch.setattr("mskd.training.work.batches.gathered", lambda job, items: brought.append(items) or items)
+        monkeypatch.setattr("mskd.training.work.on_mixture.gathered", lambda job, items: brought.append(items) or items)
         whole.work(step)
         if step % 2:
             rounds.append(dict(whole.sequences))
@@ -169,7 +169,7 @@ def test_rounds_with_a_buffer_do_not_depend_on_the_number_of_processes(monkeypat
                 other = [pair for pair in everything if pair[0] not in mine]
                 return other + items  # in the order of ranks, not of places
 
-            monkeypatch.setattr("mskd.training.work.batches.gathered", gathered)
+            monkeypatch.setattr("mskd.training.work.on_mixture.gathered", gathered)
             part.work(step)
             if step % 2:
                 found[step // 2] |= part.sequences

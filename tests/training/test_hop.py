@@ -21,7 +21,7 @@ from mskd.training import objective
 from mskd.training.hop import backward
 from mskd.training.optim import check_optimizer, learning_rate, make_optimizer
 from mskd.training.work import data_parallel as shares
-from mskd.training.work.batches import OnPolicy
+from mskd.training.work.on_policy import OnPolicy
 
 
 def sequences(count, seed):

@@ -25,9 +25,10 @@ from mskd.models import Student, Teacher, load_model
 from mskd.run.chain import distill
 from mskd.run.nodes import Node
 from mskd.store import checkpoint
-from mskd.training.hop import Job
-from mskd.training.work.batches import OnMixture, source_of
+from mskd.training.job import Job
 from mskd.training.work.data_parallel import lanes
+from mskd.training.work.on_mixture import OnMixture
+from mskd.training.work.source import source_of
 
 SMALL = {"batch_size": 4, "micro_batch_size": 2, "lr": 3e-3}
 DATA = (9, 8, 2)  # the data's response to every prompt
@@ -81,7 +82,7 @@ def test_a_round_holds_the_students_share_and_the_rest_is_the_datas():
 def test_the_ends_of_the_share(share, count, monkeypatch):
     source, _ = mixture(student_share=share)
     if not share:
-        monkeypatch.setattr("mskd.training.work.batches.sample", None)
+        monkeypatch.setattr("mskd.training.work.student_sampler.sample", None)
     source.work(0)
     assert len(source.own(0)) == count
     assert sum(e.response_ids == DATA for e in source.sequences.values()) == 8 - count
@@ -222,7 +223,7 @@ def test_killed_while_the_teacher_answers_within_a_round_and_while_the_student_a
     out = tmp_path / "out"
     code = (
         "import os, signal, sys\n"
-        "from mskd import slots; real = slots.draw; left = [80]\n"  # of about 17 x 8 draws of the teacher
+        "from mskd.sampling import slots; real = slots.draw; left = [80]\n"  # of about 17 x 8 draws of the teacher
         "def dying(*args, **kwargs):\n"
         "    left[0] -= 1\n"
         "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"

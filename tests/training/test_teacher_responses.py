@@ -16,7 +16,7 @@ from mskd.data.instructions import Example, Splits
 from mskd.models import Teacher
 from mskd.sampling.rollout import Interrupted
 from mskd.store.hashes import stream_seed
-from mskd.training.hop import Job
+from mskd.training.job import Job
 from mskd.training.work import teacher_responses as responses
 
 PROMPTS = [tuple(range(4 + i, 8 + 2 * i)) for i in range(20)]
@@ -122,7 +122,7 @@ def test_a_damaged_part_is_one_line(job, content):
 
 
 def test_a_phase_trains_on_them_where_it_says_so(job):
-    from mskd.training.work.batches import source_of
+    from mskd.training.work.source import source_of
 
     two = replace(job, phases=(SeqkdPhase(steps=1, batch_size=20, teacher_responses=asked()), KdPhase(steps=1)))
     examples = responses.answered(two, asked(), index=0, seed=5)

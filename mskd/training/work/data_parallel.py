@@ -12,11 +12,10 @@ import torch
 
 from mskd.config.phases import OnPolicyPhase
 from mskd.data.instructions import order
+from mskd.training.job import Job
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from mskd.training.hop import Job
 
 
 def stream(items: Sequence, batch: int, size: int, seed: int) -> list:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mskd.config.phases import DistillmPhase, KdPhase, MinillmPhase, Mixed, SeqkdPhase, SftPhase
 from mskd.data.instructions import Example
@@ -17,10 +17,8 @@ from mskd.data.packing import cut, fill_rows
 from mskd.models.batch import SequenceBatch
 from mskd.store.hashes import stream_seed
 from mskd.training import objective
+from mskd.training.job import Job
 from mskd.training.work.data_parallel import deal, stream
-
-if TYPE_CHECKING:
-    from mskd.training.hop import Job
 
 Micro = tuple[SequenceBatch, Any]  # one forward: its sequences and their loss (an objective.Loss)
 Ids = Sequence[int]

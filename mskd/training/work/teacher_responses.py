@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,10 +23,8 @@ from mskd.sampling.draw import uniforms
 from mskd.sampling.rollout import sample
 from mskd.store.files import write_text
 from mskd.store.hashes import stream_seed
-from mskd.training.tracking import Tick
-
-if TYPE_CHECKING:
-    from mskd.training.hop import Job
+from mskd.store.progress import Tick
+from mskd.training.job import Job
 
 BATCHES = 8  # of the decoder in one part: what a kill can lose
 

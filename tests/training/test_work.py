@@ -20,9 +20,10 @@ from mskd.models import Student, Teacher, check_offload
 from mskd.models.batch import SequenceBatch
 from mskd.models.offload import Waiting
 from mskd.training import objective
-from mskd.training.hop import Job, backward, real_tokens
-from mskd.training.work.batches import OnPolicy
+from mskd.training.hop import backward, real_tokens
+from mskd.training.job import Job
 from mskd.training.work.microbatches import forwards, lay_out
+from mskd.training.work.on_policy import OnPolicy
 
 
 def lengths_of(kind, n, seed=0):

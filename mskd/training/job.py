@@ -1,0 +1,37 @@
+"""What one call of `hop.train` needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mskd.config import Config
+from mskd.config.hardware import Hardware
+from mskd.config.phases import Phase
+from mskd.data.instructions import Splits
+from mskd.models import Teacher
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one call of `train` needs. `seed` is the node's own: every random stream derives from it."""
+
+    name: str
+    directory: Path
+    seed: int
+    phases: tuple[Phase, ...]
+    student: Any  # a loaded transformers model in fp32
+    tokenizer: Any
+    teacher: Teacher | None
+    data: Splits
+    text: tuple[tuple[int, ...], ...]
+    config: Config
+    hardware: Hardware
+    accelerator: Accelerator
+    stop: Callable[[], bool] = lambda: False
+    validate_rollouts: Callable[[Any, str], float] | None = None  # of a minillm phase with keep = "best"
