@@ -19,7 +19,7 @@ ROOMS = {
     "sampling": {"torch", "transformers"},
     "training": {"torch", "accelerate", "mskd_kernels"},
     "evaluation": {"torch", "transformers", "numpy", "scipy", "rouge_score", "lm_eval", "mskd_kernels"},
-    "report": {"matplotlib"},
+    "report": {"matplotlib", "jinja2", "markdown_it", "markupsafe"},
     "run": {"torch", "accelerate", "huggingface_hub"},
     "plan": set(),
 }

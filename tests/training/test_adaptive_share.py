@@ -221,7 +221,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "call", "least"), [("hop.backward", 2, 11), ("slots.draw", 13, 2), ("hop.validation_nll", 2, 5)]
+    ("name", "call", "least"),
+    [("training.hop.backward", 2, 11), ("sampling.slots.draw", 13, 2), ("training.hop.validation_nll", 2, 5)],
 )
 def test_killed_again_and_again_a_hop_ends_with_the_same_bits(name, call, least, whole, tmp_path, monkeypatch):
     """At every step, in samplings and in validations: always at that call since it went on."""
