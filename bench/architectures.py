@@ -28,9 +28,10 @@ from typing import Any
 import torch
 import triton
 from mskd_kernels import _triton_rows
+from mskd_kernels._inputs import accumulate_dtype
+from mskd_kernels._kinds import DIVERGENCES
 from mskd_kernels._plan import Chip, plan
-from mskd_kernels._rows import COLUMNS, Coefficients, Objective, Policy, RowOp, Side, accumulate_dtype
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._row_op import COLUMNS, Coefficients, Objective, Policy, RowOp, Side
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mskd_kernels import _rows
 from mskd_kernels._inputs import accumulate_dtype
-from mskd_kernels._rows import Coefficients, Objective, RowOp
+from mskd_kernels._row_op import COLUMNS, Coefficients, Objective, Policy, RowOp, evaluate
 
 _MOST_TOKENS = 4096
 _MOST_TOKENS_CPU = 256  # beyond, GEMMs gain nothing and memory traffic grows
@@ -149,7 +149,7 @@ class Heads:
 
 def head_statistics(heads: Heads) -> Tensor:
     """Statistics [N, COLUMNS], 0 where masked."""
-    stats = heads.new(_rows.COLUMNS)
+    stats = heads.new(COLUMNS)
     with _no_autocast(stats):
         for part in heads.parts():
             stats[part] = _rows.statistics(heads.op, *heads.logits(part))
@@ -182,7 +182,7 @@ def head_loss(
     The gradients, in the dtype that sums are made in, are those of the loss if the divisor lies on the CPU; they lack
     the division if it lies on a GPU, where looking at it would synchronise.
     """
-    stats, losses, clipped = heads.new(_rows.COLUMNS), heads.new(), heads.new(dtype=torch.bool)
+    stats, losses, clipped = heads.new(COLUMNS), heads.new(), heads.new(dtype=torch.bool)
     if objective.policy is not None:
         objective = objective._replace(policy=_select(objective.policy, heads.gather))
     sums = _GradientSums(heads, wanted, 1 / float(divisor) if divisor is not None and _on_host(divisor) else 1.0)
@@ -205,7 +205,7 @@ def _loss_of(
     if backward:
         return _rows.fused(heads.op, s, t, tokens, objective, heads.place(group, part, s))
     stats = _rows.statistics(heads.op, s, t, tokens)
-    losses, clipped, _ = _rows.evaluate(objective, stats)
+    losses, clipped, _ = evaluate(objective, stats)
     return stats, losses, clipped
 
 
@@ -214,7 +214,7 @@ def _part_of(objective: Objective, part: slice) -> Objective:
     return objective if policy is None else objective._replace(policy=_select(policy, lambda x: x[part]))
 
 
-def _select(policy: _rows.Policy, select: Any) -> _rows.Policy:
+def _select(policy: Policy, select: Any) -> Policy:
     names = ("old_logprobs", "advantages", "importance_weights")
     return policy._replace(**{name: select(getattr(policy, name)) for name in names})
 

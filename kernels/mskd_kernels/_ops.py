@@ -19,7 +19,19 @@ from torch import Tensor
 from mskd_kernels import _rows
 from mskd_kernels._chunks import Gradients, Head, Heads, head_gradient, head_loss, head_statistics, times
 from mskd_kernels._inputs import accumulate_dtype
-from mskd_kernels._rows import Coefficients, Objective, RowOp, Side
+from mskd_kernels._kinds import resolve_kind
+from mskd_kernels._row_op import (
+    COLUMNS,
+    ENTROPY,
+    LOGPROB,
+    TEACHER_LOGPROB,
+    VALUE,
+    Coefficients,
+    Objective,
+    Policy,
+    RowOp,
+    Side,
+)
 
 
 class Settings(NamedTuple):
@@ -36,8 +48,6 @@ class Settings(NamedTuple):
     teacher_softcap: float | None = None
 
     def op(self) -> RowOp:
-        from mskd_kernels.divergence import resolve_kind  # here, since divergence.py imports this module
-
         kind = None if self.kind is None else resolve_kind(self.kind, self.beta)
         sides = Side(self.scale, self.softcap), Side(self.teacher_scale, self.teacher_softcap)
         return RowOp(kind, self.backend, self.temperature, *sides, self.entropy)
@@ -138,7 +148,7 @@ class _Loss(NamedTuple):
 
     def objective(self) -> Objective:
         constants: Any = self[2:8]
-        return Objective(self.value, self.nll, None if self.old_logprobs is None else _rows.Policy(*constants))
+        return Objective(self.value, self.nll, None if self.old_logprobs is None else Policy(*constants))
 
 
 def _split(args: Any, tensors: Any) -> Any:
@@ -193,7 +203,7 @@ def _empty_gradient(student: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _row_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    _rows.refuse_second_derivative()
+    _refuse_second_derivative()
     coefficients, saved = _coefficients(ctx, upstream), ctx.saved_tensors  # a checkpoint unpacks only once
     grad = None
     if any(c is not None for c in coefficients):
@@ -250,7 +260,7 @@ def _row_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, .
 
 
 def _row_loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    _rows.refuse_second_derivative()
+    _refuse_second_derivative()
     (grad,) = ctx.saved_tensors
     made = None if upstream is None else _scaled(grad, upstream, ctx.dtype, ctx.backend)
     return made, *(None,) * (len(ctx.needs_input_grad) - 1)
@@ -303,7 +313,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _hidden_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    _rows.refuse_second_derivative()
+    _refuse_second_derivative()
     coefficients, wanted, saved = _coefficients(ctx, upstream), ctx.needs_input_grad[:3], ctx.saved_tensors
     grads: tuple[Tensor | None, ...] = (None,) * 3
     if any(c is not None for c in coefficients) and any(wanted):
@@ -355,7 +365,7 @@ def _loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    _rows.refuse_second_derivative()
+    _refuse_second_derivative()
     saved = ctx.saved_tensors
     student, grads, divisor = saved[:3], saved[3:6], saved[6]
     if upstream is None:
@@ -384,6 +394,15 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], tens
     ctx.mark_non_differentiable(output[2], output[4])
 
 
+def _refuse_second_derivative() -> None:
+    """Backward runs with gradients enabled only where a second derivative is wanted (create_graph=True)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the losses of mskd_kernels have no second derivative: call backward without create_graph, or use the "
+            "plain-torch <op>_reference"
+        )
+
+
 def _coefficients(ctx: Any, upstream: tuple[Tensor | None, ...]) -> Coefficients:
     """Gradients of outputs that hold nothing are dropped: torch.compile fills them in with zeros."""
     value, logprob, _, entropy, _ = upstream
@@ -401,7 +420,7 @@ summed_loss.register_autograd(_loss_backward, setup_context=_loss_context)
 
 
 def _columns(stats: Tensor) -> tuple[Tensor, ...]:
-    return tuple(stats[:, i].clone() for i in (_rows.VALUE, _rows.LOGPROB, _rows.TEACHER_LOGPROB, _rows.ENTROPY))
+    return tuple(stats[:, i].clone() for i in (VALUE, LOGPROB, TEACHER_LOGPROB, ENTROPY))
 
 
 def _filled(batch: Batch, grads: Gradients) -> tuple[Tensor, ...]:
@@ -412,7 +431,7 @@ def _filled(batch: Batch, grads: Gradients) -> tuple[Tensor, ...]:
 def _fake_statistics(like: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     tokens = like.shape[0]
     fields = (like.new_empty(tokens, dtype=dtype) for _ in range(4))
-    return (*fields, like.new_empty(tokens, _rows.COLUMNS, dtype=dtype))
+    return (*fields, like.new_empty(tokens, COLUMNS, dtype=dtype))
 
 
 def _fake_gradients(batch: Batch, wanted: tuple[bool, ...], sums: bool = False) -> tuple[Tensor, ...]:

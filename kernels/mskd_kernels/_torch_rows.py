@@ -1,4 +1,4 @@
-"""The row op in torch: some rows at a time, in place, no graph. Any device; formulas: `_rows`.
+"""The row op in torch: some rows at a time, in place, no graph. Any device; formulas: `_row_op`.
 
 Each block of rows leaves its statistics and two buffers, a slope and a mass, from which w - q c follows row by row;
 so the gradient of a block that is still in cache costs two passes and no exponential.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels._inputs import accumulate_dtype
-from mskd_kernels._rows import (
+from mskd_kernels._row_op import (
     CENTER,
     COLUMNS,
     ENTROPY,
@@ -84,6 +84,11 @@ def gradient(
         some = Coefficients(*(None if c is None else c[rows, None] for c in coefficients))
         extra = None if some.entropy is None else some.entropy * (logprobs + stats[rows, ENTROPY, None])
         _write_gradient(block, slope, some, extra, out, rows)
+
+
+def fuses(op: RowOp, s: Tensor, t: Tensor | None) -> bool:
+    """Whether `fused` is there for these logits: always, a block at a time."""
+    return True
 
 
 def fused(

@@ -1,4 +1,4 @@
-"""The row op's Triton kernels. Formulas: `_rows`; how they are launched: `_triton_rows`, in which shape: `_plan`.
+"""The row op's Triton kernels. Formulas: `_row_op`; how they are launched: `_triton_rows`, in which shape: `_plan`.
 
 | kernel | grid | does |
 |---|---|---|
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from mskd_kernels._plan import MOST_PARTS
-from mskd_kernels._rows import COLUMNS
+from mskd_kernels._row_op import COLUMNS
 
 _ARGUMENTS = (  # never specialised: what is aligned is said by WIDE
     "s_ptr t_ptr tokens_ptr live_ptr stats_ptr partials_ptr coefficients_ptr out_ptr losses_ptr clipped_ptr old_ptr "
@@ -490,7 +490,7 @@ def _gradient_kernel(
 
 @triton.jit
 def _policy(lq, old, a, w, clip, CLIP_WEIGHTED: tl.constexpr):
-    """`_rows._policy_terms` of one token."""
+    """`_row_op._policy_terms` of one token."""
     ratio = tl.exp(lq - old)
     x = w * ratio if CLIP_WEIGHTED else ratio
     inside = tl.where(x < 1.0 - clip, 1.0 - clip, tl.where(x > 1.0 + clip, 1.0 + clip, x))

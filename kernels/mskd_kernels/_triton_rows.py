@@ -1,4 +1,4 @@
-"""The row op in Triton: which kernels run for it, and with what. The kernels: `_triton_kernels`; formulas: `_rows`.
+"""The row op in Triton: which kernels run for it, and with what. The kernels: `_triton_kernels`; formulas: `_row_op`.
 
 Nothing here looks at a value on the GPU, and nothing is compiled again when the number of tokens changes.
 """
@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from mskd_kernels import _rows
+from mskd_kernels._inputs import accumulate_dtype
 from mskd_kernels._plan import REGISTERS, REGISTERS_FLOAT64, Chip, Plan, Shape, plan
-from mskd_kernels._rows import Coefficients, Objective, RowOp, Side
+from mskd_kernels._row_op import CENTER, COLUMNS, VALUE, Coefficients, Objective, RowOp, Side
 from mskd_kernels._triton_kernels import (
     INTERPRETED,
     _combine_kernel,
@@ -24,7 +24,7 @@ from mskd_kernels._triton_kernels import (
     _terms_kernel,
 )
 
-__all__ = ["INTERPRETED", "Launch", "fused", "gradient", "scale", "statistics"]
+__all__ = ["INTERPRETED", "Launch", "fused", "fuses", "gradient", "scale", "statistics"]
 
 _EXPECTATIONS = {None: 0, "student": 1, "teacher": 2}
 _NO_POLICY = (0.0, False, False)  # clip, weight_single_step, clip_weighted_ratio
@@ -58,7 +58,7 @@ def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, li
         for launch in statistics_launches(op, s, t, tokens, live, out, parts, terms, chosen):
             launch.run()
     if terms is not None:
-        out[:, _rows.VALUE], out[:, _rows.CENTER] = terms.sum(1).unbind(1)
+        out[:, VALUE], out[:, CENTER] = terms.sum(1).unbind(1)
 
 
 def gradient(
@@ -76,6 +76,11 @@ def gradient(
         gradient_launch(op, s, t, tokens, stats.contiguous(), coefficients, out, chosen.gradient).run()
 
 
+def fuses(op: RowOp, s: Tensor, t: Tensor | None) -> bool:
+    """Whether the rows being worked on fit in L2, so that one kernel does it all; else one comes after the other."""
+    return _plan(op, s, t, accumulate_dtype(s, t)).fused is not None
+
+
 def fused(
     op: RowOp,
     s: Tensor,
@@ -85,12 +90,11 @@ def fused(
     out: Tensor,
     live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_rows.fused` for N > 0: one kernel where the rows being worked on fit in L2, else one after the other."""
-    dtype = _rows.accumulate_dtype(s, t)
+    """`_rows.fused` in one kernel, where `fuses` says so; N > 0."""
+    dtype = accumulate_dtype(s, t)
     chosen = _plan(op, s, t, dtype)
-    if chosen.fused is None:
-        return _rows.in_steps(op, s, t, tokens, objective, out, live)
-    stats = torch.zeros(s.shape[0], _rows.COLUMNS, dtype=dtype, device=s.device)
+    assert chosen.fused is not None
+    stats = torch.zeros(s.shape[0], COLUMNS, dtype=dtype, device=s.device)
     losses = torch.zeros_like(stats[:, 0])
     clipped = torch.zeros_like(losses, dtype=torch.bool)
     with _on(s):

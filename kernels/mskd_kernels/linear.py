@@ -22,9 +22,10 @@ from torch import Tensor
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
 from mskd_kernels._chunks import Head
+from mskd_kernels._kinds import resolve_kind
 from mskd_kernels._ops import Batch, Settings, hidden_fields, hidden_loss
-from mskd_kernels._rows import Objective
-from mskd_kernels.divergence import divergence_reference, reduce, resolve_kind
+from mskd_kernels._row_op import Objective
+from mskd_kernels.divergence import divergence_reference, reduce
 from mskd_kernels.minillm import MiniLLMLoss, assemble, masked, minillm_loss_reference, policy_of, token_losses
 
 

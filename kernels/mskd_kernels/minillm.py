@@ -17,7 +17,7 @@ from torch import Tensor
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
 from mskd_kernels._ops import Fields, Rows, Settings, logits_fields, logits_loss
-from mskd_kernels._rows import Objective, Policy
+from mskd_kernels._row_op import Objective, Policy
 from mskd_kernels.divergence import reference_logprobs, reference_values
 
 
@@ -35,7 +35,7 @@ class MiniLLMLoss(NamedTuple):
 def token_losses(policy: Policy, reverse_kl: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Reverse KL and log q(y) [N] -> the loss a token, and whether the clip took effect there (bool), each [N].
 
-    In plain torch, for autograd; `_rows.evaluate` has the same with its derivatives.
+    In plain torch, for autograd; `_row_op.evaluate` has the same with its derivatives.
     """
     old_logprobs, a, w, clip, weight_single_step, clip_weighted_ratio = policy
     ratio = (logprobs - old_logprobs).exp()

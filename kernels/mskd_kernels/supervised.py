@@ -11,9 +11,10 @@ from torch import Tensor
 from mskd_kernels import _inputs
 from mskd_kernels._backend import resolve_backend
 from mskd_kernels._chunks import Head
+from mskd_kernels._kinds import resolve_kind
 from mskd_kernels._ops import Batch, Fields, Settings, hidden_fields, hidden_loss
-from mskd_kernels._rows import Objective
-from mskd_kernels.divergence import divergence_reference, reduce, resolve_kind
+from mskd_kernels._row_op import Objective
+from mskd_kernels.divergence import divergence_reference, reduce
 from mskd_kernels.linear import batch_of, check_sides, chunk_budget, divisor_of, two_logits
 from mskd_kernels.logprobs import linear_logprobs_reference
 

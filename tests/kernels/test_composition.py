@@ -19,7 +19,7 @@ from mskd_kernels import (
     linear_reverse_kl_reference,
     minillm_loss,
 )
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._kinds import DIVERGENCES
 from torch.utils.checkpoint import checkpoint
 
 N, V, HS, HT = 12, 50, 8, 6

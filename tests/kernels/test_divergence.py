@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import FLOATS, ROWS, assert_as_exact, logits, oracle_divergence
 from mskd_kernels import divergence, divergence_reference, reverse_kl, reverse_kl_reference
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._kinds import DIVERGENCES
 
 KINDS = list(DIVERGENCES)
 KLS = ["reverse_kl", "forward_kl"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import logits, oracle_divergence, relative_error
 from mskd_kernels import divergence, divergence_reference
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._kinds import DIVERGENCES
 
 KINDS = list(DIVERGENCES)
 # kind, beta: the defaults and numbers near both ends

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import FLOATS
 from mskd_kernels import divergence, linear_divergence
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._kinds import DIVERGENCES
 from torch import Tensor
 
 BETA_FREE = [name for name, row in DIVERGENCES.items() if row.beta is None]

@@ -4,20 +4,9 @@ import pytest
 import torch
 from kernel_cases import logits, token_constants
 from mskd_kernels import _torch_rows
-from mskd_kernels._rows import (
-    COLUMNS,
-    LOGPROB,
-    VALUE,
-    Objective,
-    Policy,
-    RowOp,
-    Side,
-    evaluate,
-    fused,
-    in_steps,
-    statistics,
-)
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._kinds import DIVERGENCES
+from mskd_kernels._row_op import COLUMNS, LOGPROB, VALUE, Objective, Policy, RowOp, Side, evaluate
+from mskd_kernels._rows import fused, in_steps, statistics
 
 N, V = 13, 301
 OBJECTIVES = ["value", "value and nll", "policy", "nll"]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from kernel_cases import logits
 from mskd_kernels import _rows, _triton_rows
+from mskd_kernels._kinds import DIVERGENCES
 from mskd_kernels._plan import MOST_PARTS, Chip, Shape, plan
-from mskd_kernels._rows import Objective, Policy, RowOp, Side
-from mskd_kernels.divergence import DIVERGENCES
+from mskd_kernels._row_op import CENTER, ENTROPY, LOGPROB, TEACHER_LOGPROB, VALUE, Objective, Policy, RowOp, Side
 
 V100, A100, H100 = Chip((7, 0), 80, 6 * 2**20), Chip((8, 0), 108, 40 * 2**20), Chip((9, 0), 132, 50 * 2**20)
 
@@ -44,7 +44,7 @@ def test_every_branch_agrees_with_torch(backend, monkeypatch, name, fused):
         return
     force(monkeypatch, fused=fused, programs=3, statistics=Shape(128, 1), parts=1 if fused else 3)
     ours = everything(RowOp(op.kind, "triton", 0.7, op.student, op.teacher, True), s, t, objective, tokens, live)
-    scalars = [_rows.VALUE, _rows.LOGPROB, _rows.TEACHER_LOGPROB, _rows.ENTROPY]
+    scalars = [VALUE, LOGPROB, TEACHER_LOGPROB, ENTROPY]
     torch.testing.assert_close(ours[0][:, scalars], truth[0][:, scalars], rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours[1], truth[1], rtol=1e-10, atol=1e-12)
     assert torch.equal(ours[2], truth[2]) and (ours[3][1] == 0).all()
@@ -135,8 +135,8 @@ def test_the_center_is_a_number_where_the_value_is_infinite(device):
     s, t, tokens, _ = case(300)
     s[1, 5] = -torch.inf
     stats = _rows.statistics(RowOp(DIVERGENCES["forward_kl"], "triton"), s, t, tokens)
-    assert stats[:, _rows.VALUE].isinf().tolist() == [False, True, False, False]
-    assert (stats[:, _rows.CENTER] == 0).all()
+    assert stats[:, VALUE].isinf().tolist() == [False, True, False, False]
+    assert (stats[:, CENTER] == 0).all()
 
 
 def test_the_plan():
