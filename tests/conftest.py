@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import build_llama, build_tokenizer
-from transformers import PreTrainedTokenizerFast
-
-from mskd.cli import main
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a function is decorated, not when it is called
+
+from tiny import build_llama, build_tokenizer  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from mskd.cli import main  # noqa: E402
 
 
 @pytest.fixture
