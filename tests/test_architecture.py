@@ -12,7 +12,7 @@ STDLIB = set(sys.stdlib_module_names)
 # The rooms of mskd from the ground up, with the third-party packages of each. A file imports from its own room and from
 # those before it; the files beside the rooms (cli, __init__) from all.
 ROOMS = {
-    "config": {"pydantic", "torch", "mskd_kernels"},
+    "config": {"pydantic", "pydantic_core", "torch", "mskd_kernels"},
     "store": {"torch", "safetensors", "rich"},
     "models": {"torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "gguf", "huggingface_hub"},
     "data": {"torch", "numpy", "transformers", "datasets"},

@@ -1,6 +1,8 @@
 """Phases: what a model is trained on, one after the other. Each objective is a class, each of its terms a field.
 
 phase = MinillmPhase(steps=100, mix_alpha=0.1)          # or OBJECTIVES["minillm"]
+
+Every number is finite and has bounds: beyond them the arithmetic overflows, or the number is a slip of the hand.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -18,39 +21,63 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
+
+MOST = 10**9  # of steps, rows, seconds, ...
+
+
+def _number(given: Any) -> Any:
+    if isinstance(given, bool):  # Python, and so pydantic, takes true for 1
+        raise PydanticCustomError("number", "a number is needed, not true or false")
+    return given
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Whole, Field(ge=1, le=MOST)]  # of steps or rows
+Sequences = Annotated[Whole, Field(ge=1, le=2**20)]  # of a batch or a round, which are lists in memory
+Tokens = Annotated[Whole, Field(ge=1, le=2**20)]  # of one sequence; more than any model has positions
+Epochs = Annotated[Real, Field(gt=0, le=1e6)]
+Share = Annotated[Real, Field(ge=0, le=1)]
+TopP = Annotated[Real, Field(gt=0, le=1)]
+TopK = Annotated[Whole, Field(ge=0, le=MOST, description="0: off")]
+Temperature = Annotated[Real, Field(ge=1e-3, le=1e3)]  # logits are divided by it
+Rate = Annotated[Real, Field(gt=0, le=1)]  # of learning
+Weight = Annotated[Real, Field(ge=0, le=1e6)]  # of a term of the loss
+Moment = Annotated[Real, Field(ge=0, lt=1)]  # what a moment of AdamW keeps at each step
 
 Keep = Literal["last", "best"]
 LATER = ("teacher_responses", "adaptive_share", "replay")  # fields that came when there were nodes already
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    """A part of the configuration: checked once, then never changed. No number is inf or NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class PhaseBase(Frozen):
     """Fields that every phase has. Sequences are counted over all processes."""
 
-    steps: int | None = Field(
-        None, ge=1, description="optimizer steps; with epochs, whichever comes first; 0: no limit"
-    )
-    epochs: float | None = Field(None, gt=0, description="passes over the training prompts; 0: no limit")
-    batch_size: int = Field(8, ge=1, description="sequences in one optimizer step")
-    micro_batch_size: int = Field(8, ge=1, description="sequences at most in one forward of one process")
-    lr: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    steps: Count | None = Field(None, description="optimizer steps; with epochs, whichever comes first; 0: no limit")
+    epochs: Epochs | None = Field(None, description="passes over the training prompts; 0: no limit")
+    batch_size: Sequences = Field(8, description="sequences in one optimizer step")
+    micro_batch_size: Sequences = Field(8, description="sequences at most in one forward of one process")
+    lr: Rate = 1e-4
+    warmup_steps: Whole = Field(0, ge=0, le=MOST)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: float = Field(1e-6, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    grad_clip: float = Field(1.0, gt=0)
+    weight_decay: Real = Field(1e-6, ge=0, le=1e3)
+    betas: tuple[Moment, Moment] = (0.9, 0.95)
+    eps: Real = Field(1e-8, ge=1e-30, le=1, description="a float32 must hold it")
+    grad_clip: Real = Field(1.0, gt=0, le=1e9, description="greatest norm of a step's gradient; 1e9: as good as off")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes' 8-bit states")
     keep: Keep = "last"
-    eval_every: int | None = Field(None, ge=1, description="steps between validations; needed by keep = 'best'")
+    eval_every: Count | None = Field(None, description="steps between validations; needed by keep = 'best'")
 
     @field_validator("steps", "epochs", mode="before")
     @classmethod
     def _no_limit(cls, given: Any) -> Any:
-        return None if given == 0 else given  # TOML has no null
+        return None if given == 0 and not isinstance(given, bool) else given  # TOML has no null
 
     @model_validator(mode="after")
     def _has_an_end(self) -> PhaseBase:
@@ -76,12 +103,12 @@ class TeacherResponses(Frozen):
     A response that reaches max_new_tokens has no end token.
     """
 
-    max_new_tokens: int = Field(256, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off")
-    batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
-    data_share: float = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
+    max_new_tokens: Tokens = 256
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    batch_size: Sequences = Field(32, description="sequences decoded together by one process")
+    data_share: Real = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
 
 
 class SftPhase(PhaseBase):
@@ -97,8 +124,8 @@ class KdPhase(PhaseBase):
     """
 
     objective: Literal["kd"] = "kd"
-    kd_ratio: float = Field(1.0, ge=0, le=1)
-    temperature: float = Field(1.0, gt=0)
+    kd_ratio: Share = 1.0
+    temperature: Temperature = 1.0
     teacher_responses: TeacherResponses | None = None
 
     @property
@@ -128,13 +155,13 @@ def _needs_data(teacher: TeacherResponses | None, eval_every: int | None) -> boo
 class OnPolicyPhase(PhaseBase):
     """Fields of the phases that train on the student's own samples, drawn anew each round."""
 
-    rollouts: int | None = Field(
-        None, ge=1, description="sequences of one round, over all processes; default: batch_size, a round each step"
+    rollouts: Sequences | None = Field(
+        None, description="sequences of one round, over all processes; default: batch_size, a round each step"
     )
-    rollout_batch_size: int = Field(32, ge=1, description="sequences decoded together by one process")
-    max_new_tokens: int = Field(256, ge=1)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: off")
+    rollout_batch_size: Sequences = Field(32, description="sequences decoded together by one process")
+    max_new_tokens: Tokens = 256
+    top_p: TopP = 1.0
+    top_k: TopK = 0
 
     @model_validator(mode="after")
     def _whole_batches(self) -> OnPolicyPhase:
@@ -157,8 +184,8 @@ class AdaptiveShare(Frozen):
     once an epoch.
     """
 
-    step: float = Field(0.1, gt=0, le=1)
-    margin: float = Field(0.1, ge=0, description="nats a token")
+    step: Real = Field(0.1, gt=0, le=1)
+    margin: Real = Field(0.1, ge=0, le=1e3, description="nats a token")
 
 
 class Replay(Frozen):
@@ -169,7 +196,7 @@ class Replay(Frozen):
     once a round. As in the code released with DistiLLM (its default: decreasing), whose buffer is one a process.
     """
 
-    capacity: int = Field(1000, ge=1, description="sequences")
+    capacity: Count = Field(1000, description="sequences")
     fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
 
 
@@ -181,13 +208,13 @@ class MixedPhase(OnPolicyPhase):
     No gradient goes through the sampling. The loss is the mean over the tokens of a batch; no factor T^2.
     """
 
-    student_share: float = Field(
-        0.5, ge=0, le=1, description="share of the student's own responses in a round; with adaptive_share at the start"
+    student_share: Share = Field(
+        0.5, description="share of the student's own responses in a round; with adaptive_share at the start"
     )
     adaptive_share: AdaptiveShare | None = None
     replay: Replay | None = None
-    sampling_temperature: float = Field(1.0, gt=0, description="of the student while it samples")
-    temperature: float = Field(1.0, gt=0, description="of both models in the divergence")
+    sampling_temperature: Temperature = Field(1.0, description="of the student while it samples")
+    temperature: Temperature = Field(1.0, description="of both models in the divergence")
     teacher_responses: TeacherResponses | None = None
 
     @model_validator(mode="after")
@@ -224,7 +251,7 @@ class GkdPhase(MixedPhase):
     """
 
     objective: Literal["gkd"] = "gkd"
-    beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL")
+    beta: Share = Field(0.5, description="0: forward KL, 1: reverse KL")
 
     @property
     def kind(self) -> tuple[str, float | None]:
@@ -246,8 +273,8 @@ class DistillmPhase(MixedPhase):
 
     objective: Literal["distillm"] = "distillm"
     divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_kl"
-    skew: float = Field(0.1, gt=0, lt=1)
-    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
+    skew: Real = Field(0.1, gt=0, lt=1)
+    lm_weight: Weight = Field(1.0, description="weight of the plain-text term; off where data.text is not given")
     kd_ratio: ClassVar[float] = 0.0  # the plain-text term is cross-entropy alone
 
     @property
@@ -277,36 +304,36 @@ class MinillmPhase(OnPolicyPhase):
     """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
 
     objective: Literal["minillm", "lmops"] = "minillm"
-    steps: int | None = Field(5000, ge=1)
-    epochs: float | None = Field(10, gt=0)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(5e-6, gt=0)
-    warmup_steps: int = Field(100, ge=0)
+    steps: Count | None = 5000
+    epochs: Epochs | None = 10
+    batch_size: Sequences = 64
+    lr: Rate = 5e-6
+    warmup_steps: Whole = Field(100, ge=0, le=MOST)
     # sampling
-    rollouts: int = Field(256, ge=1, description="sequences sampled in one round, over all processes")
-    mix_alpha: float = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
-    temperature: float = Field(1.0, gt=0)
+    rollouts: Sequences = Field(256, description="sequences sampled in one round, over all processes")
+    mix_alpha: Real = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
+    temperature: Temperature = 1.0
     # optimisation
-    ppo_epochs: int = Field(4, ge=1)
-    clip: float = Field(0.2, gt=0, lt=1)
+    ppo_epochs: Whole = Field(4, ge=1, le=1000)
+    clip: Real = Field(0.2, gt=0, lt=1)
     # returns
-    gamma: float = Field(ge=0, le=1)
+    gamma: Share
     include_current: bool
     whiten: bool
-    reward_scaling: float = Field(gt=0, description="rewards are divided by it")
-    reward_clip: float = Field(ge=0, description="rewards are clipped to +- it; 0: off")
+    reward_scaling: Real = Field(ge=1e-6, le=1e6, description="rewards are divided by it")
+    reward_clip: Real = Field(ge=0, le=1e6, description="rewards are clipped to +- it; 0: off")
     # loss
     weight_single_step: bool
     clip_weighted_ratio: bool
-    lm_weight: float = Field(1.0, ge=0, description="weight of the plain-text term; off where data.text is not given")
-    kd_ratio: float = Field(ge=0, le=1, description="share of soft cross-entropy in the plain-text term")
+    lm_weight: Weight = Field(1.0, description="weight of the plain-text term; off where data.text is not given")
+    kd_ratio: Share = Field(description="share of soft cross-entropy in the plain-text term")
     keep_by: Literal["reverse_kl", "rouge_l"] = "reverse_kl"
 
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            return {**PRESETS.get(given.get("objective", "minillm"), {}), **given}
+            return {**PRESETS.get(str(given.get("objective", "minillm")), {}), **given}
         return given
 
     @model_serializer(mode="wrap")

@@ -8,27 +8,47 @@ A key that does not exist is an error that names the nearest one that does.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from mskd.config.phases import OBJECTIVES, PRESETS, Frozen, Phase
+from mskd.config.phases import MOST, PRESETS, Count, Frozen, Phase, Real, Sequences, Temperature, Tokens, TopP, Whole
+from mskd.config.problems import ConfigError as ConfigError  # part of this module's interface
+from mskd.config.problems import describe, listed, local_path, read_toml, shown
+from mskd.config.problems import nearest as _nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_ASSISTANTS = 10  # of paths = "all"
+MAX_NAME = 200  # characters: a name is a folder's, or a good part of one
+MAX_DEPTH = 50  # of lists and tables in each other
+
+
+def _name(given: str) -> str:
+    if re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}", given) and given.strip("."):
+        return given
+    raise PydanticCustomError("name", f"a name has 1 to {MAX_NAME} letters, digits, '.', '_' and '-', not dots alone")
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Source = Annotated[str, Field(min_length=1)]  # a file, a folder or a hub id
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+MiB = Annotated[Whole, Field(ge=0, le=2**24)]
 
 Precision = Literal["int8", "llm_int8", "fp16", "bf16", "fp32"]
 Batching = Literal["bucket", "pack"]
-
-
-class ConfigError(ValueError):
-    """Something the user gave cannot work. The message is one line: what was given, what is allowed, what to do."""
 
 
 # -- models, data, evaluation ---------------------------------------------------------------------
@@ -37,9 +57,11 @@ class ConfigError(ValueError):
 class ModelConfig(Frozen):
     """One named model: `source` (hub id, folder, GGUF file, known name), or `from` another one with fewer `layers`."""
 
-    source: str | None = None
+    source: Source | None = None
     from_: str | None = Field(None, alias="from")
-    layers: int | None = Field(None, ge=1, description="transformer layers kept, those of greatest block influence")
+    layers: Annotated[Whole, Field(ge=1, le=10_000)] | None = Field(
+        None, description="transformer layers kept, those of greatest block influence"
+    )
     precision: Precision = Field("int8", description="of the weights while this model is a frozen teacher")
     revision: str | None = None
     trust_remote_code: bool = False
@@ -68,6 +90,8 @@ class ChainConfig(Frozen):
     @field_validator("paths", mode="before")
     @classmethod
     def _all_or_a_list(cls, given: Any) -> Any:
+        if isinstance(given, ValueError):
+            raise given
         if isinstance(given, str):
             raise ValueError(f"{given!r} is no list of paths; give 'all' or a list like [['teacher', 'student']]")
         return given
@@ -102,27 +126,39 @@ def all_paths(chain: Mapping[str, Any], models: Iterable[str]) -> list[list[str]
     return [[teacher, *c, student] for c in chosen]
 
 
+def _test_items(given: Any) -> str | int | None:
+    """A union would answer with one problem for each of its types."""
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given <= MOST:
+        return given
+    if given is None or (isinstance(given, str) and given):
+        return given
+    raise PydanticCustomError("items", f"give a number of rows from 0 to {MOST}, a file or a hub id")
+
+
+TestItems = Annotated[str | int | None, PlainValidator(_test_items)]
+
+
 class DataConfig(Frozen):
     """Instruction data. Columns left out are found by their usual names."""
 
-    source: str = Field("demo", description="demo, a hub id, or a .json .jsonl .csv .parquet file")
+    source: Source = Field("demo", description="demo, a hub id, or a .json .jsonl .csv .parquet file")
     split: str = "train"
-    seed: int | None = Field(None, ge=0, description="of the draw of test and validation items; default: the run's")
+    seed: Seed | None = Field(None, description="of the draw of test and validation items; default: the run's")
     revision: str | None = None
     instruction: str | None = None
     context: str | None = None
     response: str | None = None
     messages: str | None = None
     template: Literal["alpaca", "chat"] = "alpaca"
-    test: str | int | None = Field(
+    test: TestItems = Field(
         None, description="items held out for the test, or a file or hub id of their own; default: a tenth, at most 500"
     )
-    validation: int = Field(0, ge=0, description="items held out for keep = 'best'")
-    limit: int | None = Field(None, ge=1, description="rows used at most, counted before the split")
-    max_prompt_tokens: int = Field(256, ge=1, description="rows with a longer prompt are dropped")
-    max_tokens: int = Field(512, ge=2, description="prompt and response are cut here")
+    validation: Whole = Field(0, ge=0, le=MOST, description="items held out for keep = 'best'")
+    limit: Count | None = Field(None, description="rows used at most, counted before the split")
+    max_prompt_tokens: Tokens = Field(256, description="rows with a longer prompt are dropped")
+    max_tokens: Tokens = Field(512, ge=2, description="prompt and response are cut here")
     text: str | None = Field(
-        None, description="plain-text file for lm_weight: one document a line, or .jsonl with `text`"
+        None, description="plain-text file for lm_weight: one document a line, or .jsonl with `text`; '': none"
     )
 
 
@@ -137,21 +173,21 @@ class EvalConfig(Frozen):
     """How models are evaluated; a protocol is a set of values, each of which may be changed."""
 
     protocol: Literal["released", "quick", "greedy"] = "quick"
-    seeds: tuple[int, ...] = Field(min_length=1)
-    max_new_tokens: int = Field(ge=1)
+    seeds: tuple[Annotated[Whole, Field(ge=-(2**63), lt=2**63)], ...] = Field(min_length=1)
+    max_new_tokens: Tokens
     sample: bool
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    no_repeat_ngram_size: int = Field(ge=0)
-    batch_size: int = Field(16, ge=1)
-    limit: int | None = Field(None, ge=1, description="test items used at most")
-    data: tuple[str, ...] = Field((), description="further data sets, files or hub ids, for every finished model")
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    no_repeat_ngram_size: Whole = Field(ge=0, le=MOST)
+    batch_size: Sequences = 16
+    limit: Count | None = Field(None, description="test items used at most")
+    data: tuple[Source, ...] = Field((), description="further data sets, files or hub ids, for every finished model")
 
     @model_validator(mode="before")
     @classmethod
     def _apply_protocol(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            return {**EVAL_PRESETS.get(given.get("protocol", "quick"), {}), **given}
+            return {**EVAL_PRESETS.get(str(given.get("protocol", "quick")), {}), **given}
         return given
 
 
@@ -163,7 +199,7 @@ class TrainConfig(Frozen):
         "bucket", description="how padding stays under 5 %: sequences of like length in a forward, or several in a row"
     )
     gradient_checkpointing: bool = False
-    loss_chunk_mb: int = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
+    loss_chunk_mb: MiB = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
 
 
 class RunConfig(Frozen):
@@ -172,20 +208,20 @@ class RunConfig(Frozen):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "triton", "torch"] = Field("auto", description="of the fused losses")
     attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
-    teacher_cache_mb: int = Field(
-        2048, ge=0, description="MiB of GPU memory for the teacher's hidden states of a round; more go to pinned memory"
+    teacher_cache_mb: MiB = Field(
+        2048, description="MiB of GPU memory for the teacher's hidden states of a round; more go to pinned memory"
     )
     teacher_offload: bool = Field(False, description="the teacher waits in host memory while a GPU does not need it")
-    save_every_s: float = Field(120.0, ge=0, description="seconds between resumable states")
-    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    save_every_s: Real = Field(120.0, ge=0, le=MOST, description="seconds between resumable states")
+    log_every: Count = Field(1, description="steps between lines of metrics.jsonl")
     trackers: tuple[str, ...] = Field((), description="accelerate's trackers by name: tensorboard, wandb, trackio, ...")
 
 
 class Config(Frozen):
-    name: str = Field("run", pattern=r"^[A-Za-z0-9._-]+$")
-    seed: int = Field(0, ge=0)
-    seeds: tuple[int, ...] = Field((), description="a sweep: all is done once for each; `seed` draws the test items")
-    models: dict[str, ModelConfig] = Field(min_length=1)
+    name: Name = "run"
+    seed: Seed = 0
+    seeds: tuple[Seed, ...] = Field((), description="a sweep: all is done once for each; `seed` draws the test items")
+    models: dict[Name, ModelConfig] = Field(min_length=1)
     chain: ChainConfig
     data: DataConfig = DataConfig()
     phases: tuple[Phase, ...] = Field(min_length=1)
@@ -201,68 +237,77 @@ class Config(Frozen):
         chain, models = (given.get(k) if isinstance(given, Mapping) else None for k in ("chain", "models"))
         if isinstance(chain, Mapping) and chain.get("paths") == "all" and isinstance(models, Mapping) and models:
             other = {k: v for k, v in chain.items() if k not in ("paths", "teacher", "student")}
-            return {**given, "chain": {"paths": all_paths(chain, models), **other}}
+            try:
+                paths: Any = all_paths(chain, models)
+            except ValueError as e:
+                paths = e  # `chain` raises it, beside what else is wrong
+            return {**given, "chain": {"paths": paths, **other}}
         return given
-
-    @field_validator("models")
-    @classmethod
-    def _names(cls, models: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
-        for name in models:
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-                raise ValueError(f"the model name {name!r} may hold letters, digits, '.', '_' and '-' only")
-        return models
 
     @model_validator(mode="after")
     def _names_resolve(self) -> Config:
-        hops = set()
-        for path in self.chain.paths:
-            shown = " > ".join(path)
-            if len(path) < 2:
-                raise ValueError(f"the path {shown!r} needs at least a teacher and a student")
-            for name in path:
-                if name not in self.models:
-                    raise ValueError(
-                        f"the path {shown!r} names {name!r}, which is no model{_nearest(name, self.models)}"
-                    )
-            if len(set(path)) != len(path):
-                raise ValueError(f"the path {shown!r} names a model twice")
-            hops |= set(zip(path, path[1:], strict=False))
-        for name, model in self.models.items():
-            seen = [name]
-            while model.from_ is not None:
-                if model.from_ not in self.models:
-                    raise ValueError(
-                        f"model {name!r} is cut from {model.from_!r}, which is no model"
-                        f"{_nearest(model.from_, self.models)}"
-                    )
-                if model.from_ in seen:
-                    raise ValueError(f"model {name!r} is cut from itself: {' from '.join([*seen, model.from_])}")
-                seen.append(model.from_)
-                model = self.models[model.from_]
-        names = {f"{a}>{b}" for a, b in hops}
-        for key in self.hop:
-            if key not in names:
-                raise ValueError(f"hop.{key!r} overrides a hop that is on no path{_nearest(key, names)}")
-            a, b = key.split(">")
-            self.hop_phases(a, b)  # checks the overrides
-        every = [p for a, b in hops for p in self.hop_phases(a, b)]
+        if found := [*self._path_problems(), *self._origin_problems()]:
+            raise ValueError(listed(found))
+        if found := [*self._hop_problems()]:
+            raise ValueError(listed(found))
+        every = [p for a, b in self._hops() for p in self.hop_phases(a, b)]
         every += [p for model in self.models.values() for p in model.prepare]
         if any(p.eval_every for p in every) and not self.data.validation:
             raise ValueError("eval_every needs validation items; set data.validation to their number")
         return self
 
+    def _hops(self) -> set[tuple[str, str]]:
+        return {pair for path in self.chain.paths for pair in zip(path, path[1:], strict=False)}
+
+    def _path_problems(self) -> Iterator[str]:
+        for path in self.chain.paths:
+            text = shown(" > ".join(path))
+            if len(path) < 2:
+                yield f"the path {text} needs at least a teacher and a student"
+            for name in path:
+                if name not in self.models:
+                    yield f"the path {text} names {shown(name)}, which is no model{_nearest(name, self.models)}"
+            if len(set(path)) != len(path):
+                yield f"the path {text} names a model twice"
+
+    def _origin_problems(self) -> Iterator[str]:
+        for name, model in self.models.items():
+            seen = [name]
+            while (above := model.from_) is not None:
+                if above not in self.models:
+                    hint = _nearest(above, self.models)
+                    yield f"model {shown(seen[-1])} is cut from {shown(above)}, which is no model{hint}"
+                    break
+                if above in seen:
+                    yield f"model {shown(name)} is cut from itself: {' from '.join([*seen, above])}"
+                    break
+                seen.append(above)
+                model = self.models[above]
+
+    def _hop_problems(self) -> Iterator[str]:
+        names = [f"{a}>{b}" for a, b in sorted(self._hops())]
+        for key in self.hop:
+            if key not in names:
+                yield f"hop.{shown(key)} overrides a hop that is on no path{_nearest(key, names)}"
+                continue
+            try:
+                self.hop_phases(*key.split(">"))
+            except ValueError as e:
+                yield str(e)
+
     @model_validator(mode="after")
     def _sweep_resolves(self) -> Config:
-        if len(set(self.seeds)) != len(self.seeds) or any(seed < 0 for seed in self.seeds):
-            raise ValueError(f"seeds must be different numbers of at least 0, not {list(self.seeds)}")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, not {shown(list(self.seeds))}")
         for key, values in self.grid.items():
             top = key.strip().split(".")[0]
+            name = f"grid.{shown(key)}"
             if top in ("name", "seed", "seeds", "grid", "run"):
-                raise ValueError(f"grid.{key!r} cannot be varied; a seed goes into seeds, a runtime setting into [run]")
+                raise ValueError(f"{name} cannot be varied; a seed goes into seeds, a runtime setting into [run]")
             if not values:
-                raise ValueError(f"grid.{key!r} is empty; give at least one value, or take the key out")
+                raise ValueError(f"{name} is empty; give at least one value, or take the key out")
             if len({repr(v) for v in values}) != len(values):
-                raise ValueError(f"grid.{key!r} names a value twice: {list(values)}")
+                raise ValueError(f"{name} names a value twice: {shown(list(values))}")
             for value in values:
                 self.with_values({key: value})
         return self
@@ -277,29 +322,27 @@ class Config(Frozen):
         tree.pop("grid", None)
         for key in sorted(values, key=lambda key: key.endswith(".objective")):  # others may name a phase by it
             _put(tree, key, values[key], f"key {key!r}")
-        shown = ", ".join(f"{k} = {v!r}" for k, v in values.items())
-        changed: Config = parse(tree, where=f"with {shown}")
+        changed: Config = parse(tree, where="with " + ", ".join(f"{k} = {shown(v)}" for k, v in values.items()))
         return changed
 
     def hop_phases(self, teacher: str, student: str) -> tuple[Phase, ...]:
         """The phases of one hop: the common ones, `[hop."teacher>student"]` applied to each that has the key."""
-        overrides = dict(self.hop.get(f"{teacher}>{student}", {}))
-        phases = [p.model_dump() for p in self.phases]
-        if "phases" in overrides:
-            phases = list(overrides.pop("phases"))
-        parsed = _Phases.model_validate({"phases": phases}).phases
+        hop = f"{teacher}>{student}"
+        overrides = dict(self.hop.get(hop, {}))
+        phases = _phases(overrides.pop("phases", [p.model_dump() for p in self.phases]), hop)
         for key in overrides:
-            if not any(key in type(p).model_fields for p in parsed):
-                fields = {f for p in parsed for f in type(p).model_fields}
-                raise ValueError(f"hop.'{teacher}>{student}' has an unknown key {key!r}{_nearest(key, fields)}")
-        merged = [p.model_dump() | {k: v for k, v in overrides.items() if k in type(p).model_fields} for p in parsed]
-        return _Phases.model_validate({"phases": merged}).phases
+            if not any(key in type(p).model_fields for p in phases):
+                fields = {f for p in phases for f in type(p).model_fields}
+                raise ValueError(f"hop.{hop!r} has an unknown key {shown(key)}{_nearest(key, fields)}")
+        own = [{k: v for k, v in overrides.items() if k in type(p).model_fields} for p in phases]
+        # Checked again without overrides too: that makes a default 10 the 10.0 which nodes' hashes have always covered.
+        return _phases([p.model_dump() | o for p, o in zip(phases, own, strict=True)], hop)
 
 
 class EvaluateConfig(Frozen):
     """What `mskd evaluate` takes besides the model."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     precision: Precision = Field("int8", description="of the teacher's weights")
     data: DataConfig = DataConfig()
     evaluation: EvalConfig = EvalConfig.model_validate({})
@@ -308,6 +351,14 @@ class EvaluateConfig(Frozen):
 
 class _Phases(Frozen):
     phases: tuple[Phase, ...] = Field(min_length=1)
+
+
+def _phases(given: Any, hop: str) -> tuple[Phase, ...]:
+    """Phases from plain values. Raises ValueError that names the hop."""
+    try:
+        return _Phases.model_validate({"phases": given}).phases
+    except ValidationError as e:
+        raise ValueError(f"hop.{hop!r}: {describe(e, _Phases)}") from None
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -323,42 +374,64 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError with one line that says what is wrong and what is allowed.
     """
-    path = RECIPES / f"{source}.toml"
+    known = recipes()
+    path = RECIPES / f"{source}.toml" if str(source) in known else local_path(source, "the configuration")
     if not path.is_file():
-        path = Path(source)
-    if not path.is_file():
-        known = recipes()
+        why = "is a folder" if path.is_dir() else "is no file to read" if path.exists() else ""
         raise ConfigError(
-            f"no recipe or file {str(source)!r}{_nearest(str(source), known)}; recipes: {', '.join(known)}"
+            f"{shown(str(source))} {why}; give a recipe or a TOML file; recipes: {', '.join(known)}"
+            if why
+            else f"no recipe or file {shown(str(source))}{_nearest(str(source), known)}; recipes: {', '.join(known)}"
         )
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path} is no valid TOML: {e}") from None
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is no valid TOML: it is not UTF-8 text: {e.reason} at byte {e.start}") from None
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from None
-    tree.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem))
+    tree = read_toml(text, str(path))
+    tree.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:MAX_NAME])
     return parse(tree, overrides, where=path.name)
 
 
 def parse(
     tree: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "configuration", kind: type[Any] = Config
 ) -> Any:
-    """A checked Config (or another `kind`) from plain values and `key=value` overrides. Raises ConfigError."""
-    merged = _copy(tree)
+    """A checked Config (or another `kind`) from plain values and `key=value` overrides. Raises ConfigError.
+
+    The message names `where` and lists all that is wrong, keys that do not exist first.
+    """
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{where}: {shown(tree)} is no table of keys and values")
+    merged = _plain(tree, where)
     for item in overrides:
         _override(merged, item)
     try:
-        return kind.model_validate(merged)
+        return kind.model_validate(_plain(merged, where))
     except ValidationError as e:
-        raise ConfigError(f"{where}: {_one_line(e)}") from None
+        raise ConfigError(f"{where}: {describe(e, kind)}") from None
 
 
-def _copy(value: Any) -> Any:
+def _plain(value: Any, where: str, key: tuple[str, ...] = ()) -> Any:
+    """A copy of plain values. Raises ConfigError for what no TOML file can hold, and so no run could write down."""
+    at = f"{where}: {shown('.'.join(key))}"
+    if len(key) > MAX_DEPTH:
+        raise ConfigError(f"{where}: {'.'.join(key[:3])}... has more than {MAX_DEPTH} tables and lists in each other")
     if isinstance(value, Mapping):
-        return {k: _copy(v) for k, v in value.items()}
+        for name in value:
+            if not isinstance(name, str):
+                raise ConfigError(f"{at} has the key {shown(name)}; a key is text")
+            _plain(name, where, key)
+        return {k: _plain(v, where, (*key, k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_copy(v) for v in value]
+        return [_plain(v, where, (*key, str(i))) for i, v in enumerate(value)]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{at} is {shown(value)}; a whole number here has at most 64 bits")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{at} holds {shown(value)}, which is no valid UTF-8 text") from None
     return value
 
 
@@ -382,123 +455,82 @@ def _given(value: Any) -> Any:
 def _override(tree: dict[str, Any], item: str) -> None:
     """Apply one `a.b.c=value`; the value is TOML, or a plain string."""
     key, sep, text = item.partition("=")
-    if not sep or not key.strip():
-        raise ConfigError(f"--set {item!r} must look like key=value, for example --set phases.minillm.lr=1e-5")
+    if not sep:
+        raise ConfigError(f"--set {shown(item)} must look like key=value, for example --set phases.minillm.lr=1e-5")
     try:
-        value = tomllib.loads(f"v = {text.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    _put(tree, key, value, f"--set {item!r}")
+        values = read_toml(f"v = {text.strip()}", "the value")
+    except ConfigError:
+        values = {}
+    _put(tree, key, values["v"] if set(values) == {"v"} else text.strip(), f"--set {shown(item)}")
 
 
-def _put(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
-    """Set the value at a dotted key. An entry of a list is named by number or objective."""
-    parts = [a or b for a, b in re.findall(r'"([^"]+)"|([^."]+)', key.strip())]
+def _put(tree: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set the value at a dotted key. An entry of a list is named by number or objective. `said`: the user's words."""
+    part = r'(?:"[^"]+"|[^."]+)'
+    if not re.fullmatch(rf"{part}(?:\.{part})*", key.strip()):
+        raise ConfigError(f'{said}: {shown(key)} is no key; a key looks like data.seed or hop."teacher>student".lr')
+    parts = [found.strip('"') for found in re.findall(part, key.strip())]
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"{said}: a key has at most {MAX_DEPTH} parts, this has {len(parts)}")
     node: Any = tree
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
         if isinstance(node, list):
-            index = _phase_index(node, part, shown)
+            index = _phase_index(node, part, said)
             if last:
                 node[index] = value
             else:
                 node = node[index]
         elif not isinstance(node, dict):
-            raise ConfigError(f"{shown}: {'.'.join(parts[:i])!r} is a value and has no {part!r}")
+            raise ConfigError(f"{said}: {shown('.'.join(parts[:i]))} is a value and has no {shown(part)}")
         elif last:
             node[part] = value
         else:
             node = node.setdefault(part, {})
 
 
-def _phase_index(phases: list[Any], part: str, shown: str) -> int:
+def _phase_index(phases: list[Any], part: str, said: str) -> int:
+    numbers = [str(i) for i in range(len(phases))]
     names = [p.get("objective") if isinstance(p, dict) else None for p in phases]
-    if part.isdigit() and int(part) < len(phases):
-        return int(part)
+    if part in numbers:
+        return numbers.index(part)
     if names.count(part) == 1:
         return names.index(part)
-    allowed = ", ".join([str(i) for i in range(len(phases))] + [n for n in names if n])
-    raise ConfigError(f"{shown}: no single entry {part!r} in that list; allowed: {allowed}")
-
-
-def _nearest(given: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(given, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-def _one_line(error: ValidationError) -> str:
-    """The first problem of a pydantic error, as one line with the key, what was given and what is allowed."""
-    problem = error.errors(include_url=False)[0]
-    loc = [p for p in problem["loc"] if p not in OBJECTIVES]
-    key = ".".join(str(p) for p in loc)
-    more = "" if error.error_count() == 1 else f" (and {error.error_count() - 1} more)"
-    kind = problem["type"]
-    if kind == "extra_forbidden":
-        fields = _fields_at(list(problem["loc"][:-1]))
-        hint = _nearest(str(loc[-1]), fields) or f"; allowed: {', '.join(sorted(fields))}"
-        return f"unknown key {key!r}{hint}{more}"
-    if kind == "missing":
-        return f"{key!r} is missing{more}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{key}: {message}{more}" if key else f"{message}{more}"
-    if kind == "union_tag_invalid":
-        given = problem["input"].get("objective") if isinstance(problem["input"], Mapping) else problem["input"]
-        return f"{key}.objective is {given!r}; allowed: {', '.join(OBJECTIVES)}{_nearest(str(given), OBJECTIVES)}{more}"
-    if kind == "union_tag_not_found":
-        return f"{key} needs an objective; allowed: {', '.join(OBJECTIVES)}{more}"
-    message = message[0].lower() + message[1:].replace("valid tuple", "list")
-    return f"{key} is {problem['input']!r}: {message}{more}"
-
-
-def _fields_at(loc: list[Any]) -> set[str]:
-    """The keys that are valid at a place in the configuration tree."""
-    model: type[BaseModel] = Config
-    for part in loc:
-        if part in OBJECTIVES:
-            model = OBJECTIVES[part]
-        elif part in model.model_fields:
-            model = _model_in(model.model_fields[part].annotation) or model
-    return {f.alias or name for name, f in model.model_fields.items()}
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The first model that an annotation holds."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _model_in(arg))), None)
+    allowed = ", ".join([*numbers[:20], *(n for n in names if isinstance(n, str))])
+    raise ConfigError(f"{said}: no single entry {shown(part)} in that list; allowed: {allowed}")
 
 
 def to_toml(config: Config, header: str = "") -> str:
     """The resolved configuration as TOML that `load` reads back to an equal Config. `header`: comment lines."""
     tree = config.model_dump(by_alias=True, exclude_none=True)
     lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    lines += [f"{k} = {_toml(tree.pop(k))}" for k in ("name", "seed", "seeds") if k in tree and tree[k] != ()]
+    lines += [f"{k} = {toml_value(tree.pop(k))}" for k in ("name", "seed", "seeds") if k in tree and tree[k] != ()]
     tree.pop("seeds", None)
     for table in ("grid", "models", "hop"):
         entries = tree.pop(table)
         if entries:
-            lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {_toml(v)}" for k, v in entries.items()]
+            lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {toml_value(v)}" for k, v in entries.items()]
     phases = tree.pop("phases")
     for table, entries in tree.items():
-        lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {_toml(v)}" for k, v in entries.items()]
+        lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {toml_value(v)}" for k, v in entries.items()]
     for phase in phases:
-        lines += ["", "[[phases]]"] + [f"{k} = {_toml(v)}" for k, v in phase.items()]
+        lines += ["", "[[phases]]"] + [f"{k} = {toml_value(v)}" for k, v in phase.items()]
     return "\n".join(lines) + "\n"
 
 
 def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML writes it, in one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml_key(str(k))} = {_toml(v)}" for k, v in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml_key(str(k))} = {toml_value(v)}" for k, v in value.items()) + " }"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     return repr(value)

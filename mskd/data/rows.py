@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import RECIPES, ConfigError, DataConfig
+from mskd.config.problems import local_path
 from mskd.config.schema import _nearest
 
 # 300 pairs written for this project, in the public domain (CC0 1.0); `split` says which 50 are its test.
@@ -33,7 +34,7 @@ def read_rows(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]
     if source == "demo":
         split = "train" if key == "data.source" else "test"
         return [row for row in _read_json(DEMO, key) if row["split"] == split]
-    path = Path(source).expanduser()
+    path = local_path(source, key)
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and path.suffix.lower() not in (*FILES, ".txt")
     if on_hub and not path.exists():
         return _read_hub(source, key, config)
@@ -44,7 +45,7 @@ def read_rows(source: str, key: str, config: DataConfig) -> list[dict[str, Any]]
 
 def read_documents(path: str) -> list[str]:
     """The documents of a plain-text file that are not empty. Raises ConfigError."""
-    file = Path(path).expanduser()
+    file = local_path(path, "data.text")
     _check_file(file, "data.text", (".txt", ".jsonl"))
     if file.suffix.lower() == ".jsonl":
         rows = _read_json(file, "data.text")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mskd.config import ConfigError
+from mskd.config.problems import local_path
 from mskd.store.files import disk_errors
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ KNOWN = {
 def cache_dir() -> Path:
     """The user's cache folder for models, not created here."""
     if given := os.environ.get("MSKD_CACHE"):
-        return Path(given).expanduser()
+        return local_path(given, "MSKD_CACHE")
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "mskd"
     return Path.home() / ".cache" / "mskd"
@@ -79,7 +80,7 @@ def resolve_source(source: str, *, revision: str | None = None) -> Path:
 
     revision: branch, tag or commit of a hub id. Raises ConfigError: no such model, no network, no safetensors, ...
     """
-    path = Path(source).expanduser()
+    path = local_path(source, "the model")
     if source in KNOWN and not path.exists():
         folder = _known(source)
     elif path.is_dir():
@@ -98,7 +99,7 @@ def resolve_source(source: str, *, revision: str | None = None) -> Path:
 
 def hub_id(source: str) -> str | None:
     """The id on the hub of what `resolve_source` found; of a known name that of its model; None of a folder or file."""
-    if Path(source).expanduser().exists():
+    if local_path(source, "the model").exists():
         return None
     return KNOWN[source].hub if source in KNOWN else source
 

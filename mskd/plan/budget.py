@@ -27,6 +27,7 @@ from pathlib import Path
 
 from mskd.config import Config, ConfigError
 from mskd.config.phases import DistillmPhase, GkdPhase, KdPhase, MinillmPhase, OnPolicyPhase, Phase, SeqkdPhase
+from mskd.config.problems import local_path
 from mskd.plan import sizes
 from mskd.plan.sizes import GpuFacts, Shape
 
@@ -314,11 +315,11 @@ def _shape(config: Config, name: str) -> Shape | None:
 
 def source_shape(source: str) -> Shape | None:
     """The shape of a model by its source: a folder's config.json, or the table; None where neither knows it."""
-    if not Path(source).is_dir():
+    folder = local_path(source, "the model")
+    if not folder.is_dir():
         return sizes.shape_of(source)
     from mskd.models import size_of
 
-    folder = Path(source)
     size = size_of(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     hidden = int(config.get("hidden_size") or config["n_embd"])
@@ -333,7 +334,7 @@ def source_shape(source: str) -> Shape | None:
 def num_rows(config: Config) -> int | None:
     """Training prompts of the data, from a local .jsonl or a known data set, before rows are dropped; None: unknown."""
     data = config.data
-    path = Path(data.source)
+    path = local_path(data.source, "data.source")
     if path.suffix == ".jsonl" and path.is_file():
         with path.open("rb") as lines:
             count = sum(1 for line in lines if line.strip())

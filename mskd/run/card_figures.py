@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mskd.config.problems import local_path
 from mskd.evaluation.columns import FORM, TITLE, figure, mean
 from mskd.evaluation.statistics import read_lines, summarize
 from mskd.report.document import Block, Heading, Table, Text, escaped
@@ -163,10 +164,10 @@ def _protocol(evaluation: Mapping[str, Any]) -> str:
 
 def dataset_id(source: str) -> str | None:
     """A data set's id on the hub, without its subset; None of the demo's and of a file."""
-    return None if source == "demo" or Path(source).expanduser().exists() else source.partition(":")[0]
+    return None if source == "demo" or local_path(source, "data").exists() else source.partition(":")[0]
 
 
 def name_of(source: str) -> str:
     """A source without the machine's path to it."""
-    path = Path(source).expanduser()
+    path = local_path(source, "data")
     return path.resolve().name if path.exists() else source

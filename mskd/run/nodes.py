@@ -15,6 +15,7 @@ from mskd import models
 from mskd.config import Config, ConfigError, ModelConfig
 from mskd.config.hardware import Hardware
 from mskd.config.phases import Phase
+from mskd.config.problems import local_path
 from mskd.data.instructions import Example, Splits, further, load_data, load_items, load_text
 from mskd.store.hashes import FORMAT, digest
 from mskd.training.optim import check_optimizer
@@ -91,7 +92,7 @@ class Graph:
         for name in used:
             source = config.models[name].source
             if source is not None:
-                if before is None and not Path(source).is_dir():
+                if before is None and not local_path(source, f"models.{name}.source").is_dir():
                     echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.layers: dict[str, int] = {}  # of every model, as `sizes` its parameters

@@ -4,7 +4,7 @@ import tomllib
 
 import pytest
 
-from mskd.config import ConfigError, EvalConfig, load, parse, recipes, to_toml
+from mskd.config import ConfigError, EvalConfig, EvaluateConfig, load, parse, recipes, to_toml
 from mskd.config.phases import OBJECTIVES, KdPhase, MinillmPhase
 from mskd.store.hashes import digest
 
@@ -146,6 +146,109 @@ def test_each_mistake_is_one_clear_line(override, says):
         assert "\n" not in str(e) and "validation error" not in str(e)
     else:
         assert says is None
+
+
+def test_all_problems_are_listed_and_keys_that_do_not_exist_come_first():
+    def line(tree):
+        with pytest.raises(ConfigError) as error:
+            parse(tree, where="run.toml")
+        return str(error.value)
+
+    assert line({"nmae": "x"}) == (
+        "run.toml: 2 problems: (1) unknown key 'nmae'; did you mean 'name'? "
+        "(2) 'models', 'chain' and 'phases' are missing"
+    )
+    phases = [{"objective": "kd", "steps": 0.5, "lrr": 1}, {"objective": "ppo"}]
+    assert line({**TREE, "phases": phases, "sed": 1, "seed": -1}) == (
+        "run.toml: 5 problems: (1) unknown key 'sed'; did you mean 'seed'? "
+        "(2) unknown key 'phases.0.lrr'; did you mean 'lr'? "
+        "(3) seed is -1: input should be greater than or equal to 0 "
+        "(4) phases.1.objective is 'ppo'; allowed: sft, kd, seqkd, gkd, distillm, minillm, lmops "
+        "(5) phases.0.steps is 0.5: input should be a valid integer, got a number with a fractional part"
+    )
+    assert line({**TREE, "chain": {"paths": [["ta", "x"], ["teacher"]]}, "hop": {}}) == (
+        "run.toml: 2 problems: (1) the path 'ta > x' names 'x', which is no model "
+        "(2) the path 'teacher' needs at least a teacher and a student"
+    )
+    assert "sed" in line({**TREE, "chain": {"paths": "all", "teacher": "x"}, "sed": 1})
+    assert "(30)" in (many := line({**TREE, "seeds": ["x"] * 500})) and many.endswith("and 470 more like these")
+    models = {"kd": {"source": "x", "sorce": 1}, "b": {"source": "y"}}  # a model that is called as an objective
+    assert "unknown key 'models.kd.sorce'; did you mean 'source'?" in line({**TREE, "models": models})
+
+
+def test_a_key_of_evaluate_is_looked_for_among_its_own():
+    with pytest.raises(ConfigError) as error:
+        parse({"phases": []}, where="flags", kind=EvaluateConfig)
+    assert str(error.value) == "flags: unknown key 'phases'; allowed: data, evaluation, precision, run, seed"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.test=true", "data.test is true: give a number of rows from 0 to 1000000000, a file or a hub id"),
+        ("data.test=''", "data.test is ''"),
+        ("data.source=''", "data.source is ''"),
+        ("models.ta={source=''}", "models.ta.source is ''"),
+        ("evaluation.data=['']", "evaluation.data.0 is ''"),
+        ("seed=true", "seed is true: a number is needed"),
+        ("seeds=[true]", "seeds.0 is true: a number is needed"),
+        ("phases.0.steps=false", "phases.0.steps is false: a number is needed"),
+        ("name=..", "not dots alone"),
+        (f"name={'x' * 201}", "a name has 1 to 200 letters"),
+        ('models.".."={source="x"}', "is '..': a name has"),
+        ("phases.0.betas=[0.9, 2]", "phases.0.betas.1 is 2: input should be less than 1"),
+        ("phases.lmops.rollouts=999999999998", "rollouts is 999999999998: input should be less than or equal to 1048"),
+        ("train.loss_chunk_mb=1e23", "train.loss_chunk_mb is 1e+23: a whole number here has at most 64 bits"),
+        ("phases.².lr=1", "no single entry '²' in that list; allowed: 0, 1, kd, lmops"),
+        ('hop."ta>student".phases=5', "hop.'ta>student': phases is 5: input should be a list"),
+        ('hop."ta>student".phases=[{objective="sft", steps=1, lrr=1}]', "unknown key 'phases.0.lrr'; did you mean 'l"),
+        ("seed=" + "[" * 1000, "seed is '[[["),
+        ("seed=" + "9" * 5000, "seed is '999"),
+        ("seed=0x" + "f" * 5000, "'seed' is <int>; a whole number here has at most 64 bits"),
+        ("seed=1\nname=2", "seed is '1\\nname=2'"),
+        (".=1", "'.' is no key"),
+        ("data..test=1", "'data..test' is no key"),
+        ('hop."ta>student.lr=1', "is no key"),
+        ("a." * 5000 + "b=1", "a key has at most 50 parts, this has 5001"),
+    ],
+)
+def test_what_only_looks_right_is_refused(override, says):
+    with pytest.raises(ConfigError) as error:
+        parse(TREE, [override])
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_says_off_or_leaves_room_stays_right():
+    config = parse(
+        TREE, ["data.text=''", "data.test=0", "phases.0.lr=.5", "phases.0.steps=1e2", "seed=9223372036854775807"]
+    )
+    assert not config.data.text and config.data.test == 0
+    assert (config.phases[0].lr, config.phases[0].steps, config.seed) == (0.5, 100, 2**63 - 1)
+
+
+def test_paths_that_are_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.toml"
+    file.write_text(to_toml(parse(TREE)))
+    for given, says in [
+        ("c.toml/", "'c.toml/' ends with '/', but is a file"),
+        ("x" * 3000, "File name too long"),
+        ("~nosuchuser/x", "Could not determine home directory"),
+        ("a\0b", "null byte"),
+        (".", "'.' is a folder; give a recipe or a TOML file"),
+        ("/dev/null", "'/dev/null' is no file to read"),
+        (str(tmp_path / "c"), "no recipe or file"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            load(given)
+        assert says in str(error.value) and "\n" not in str(error.value)
+    assert load(file) == parse(TREE)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))  # as some editors write it
+    assert load("c.toml") == parse(TREE)
+    for text in ("a = " + "[" * 5000, "seed = " + "9" * 5000, "[" + "a." * 5000 + "b]"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"no valid TOML|more than 50"):
+            load(file)
 
 
 def test_a_file_that_is_no_toml_or_not_there(tmp_path):
