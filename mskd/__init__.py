@@ -9,11 +9,12 @@ The fused losses are a package of their own: `mskd_kernels`.
 from typing import TYPE_CHECKING, Any
 
 from mskd.config import Config, ConfigError, load
+from mskd.config.versions import VERSION
 
 if TYPE_CHECKING:
     from mskd.run.chain import Run, distill
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Config", "ConfigError", "Run", "distill", "load"]
 
 

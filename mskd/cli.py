@@ -4,6 +4,7 @@
     mskd distill --teacher M --via '{layers = 22}' --student '{layers = 16}' --data FILE
     mskd distill RECIPE --dry-run          mskd plan --teacher M --target 124M --write run.toml
     mskd evaluate MODEL --data FILE --tasks hellaswag  mskd report RUN        mskd doctor
+    mskd --version                         mskd --install-completion          mskd COMMAND --help
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 143 stopped with the state saved.
 """
@@ -11,35 +12,58 @@ Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mskd.config import Config, ConfigError, EvaluateConfig, load, parse, to_toml
+from mskd.config import Config, ConfigError, EvaluateConfig, load, parse, recipes, to_toml, toml_value
+from mskd.config.problems import local_path, read_toml, shown
+from mskd.config.versions import version_line
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+# The list of commands shows the first sentence of each docstring, and cuts it where it is over 64 characters.
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 # click's, which typer brings along under a name that depends on its version
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
-Out = Annotated[Path, typer.Option("--out", help="Folder for models, evaluations and runs.")]
+
+def _path(given: str | Path) -> Path:
+    if not str(given):
+        raise typer.BadParameter("it is empty; give a path, '.' for this folder")
+    return Path(given)
+
+
+Recipe = Annotated[str | None, typer.Argument(help="A recipe's name or a TOML file.", autocompletion=lambda: recipes())]
+Out = Annotated[
+    Path, typer.Option("--out", parser=_path, metavar="FOLDER", help="Where models, evaluations and runs go.")
+]
 Set = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. phases.minillm.lr=1e-5.")
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        say(version_line())
+        raise typer.Exit
+
+
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
     """Compress a language model through a chain: teacher, assistants, student."""
 
 
 @app.command()
 def distill(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or a TOML file.")] = None,
+    recipe: Recipe = None,
     teacher: Annotated[str | None, typer.Option(help="Hub id, folder, GGUF file or known name.")] = None,
     via: Annotated[
         list[str] | None, typer.Option(help="An assistant; repeat for more. '{layers = 22}': cut from the teacher.")
@@ -55,7 +79,7 @@ def distill(
     ] = False,
     out: Out = Path("out"),
 ) -> None:
-    """Distil through a chain; the same command again goes on where it was stopped."""
+    """Distil through a chain. The same command again goes on where it was stopped."""
     config = (
         from_flags(teacher, via or [], student, data, set)
         if recipe is None
@@ -77,7 +101,7 @@ def distill(
 
 @app.command()
 def plan(
-    recipe: Annotated[str | None, typer.Argument(help="A recipe's name or a TOML file, instead of --teacher.")] = None,
+    recipe: Recipe = None,
     teacher: Annotated[
         str | None, typer.Option(help="A known hub id; with --layers or --remove also a folder.")
     ] = None,
@@ -87,19 +111,25 @@ def plan(
     remove: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers removed.")] = None,
     data: Annotated[str | None, typer.Option(help="Instruction data of the runs planned; default: demo.")] = None,
     set: Set = [],  # noqa: A002, B006
-    write: Annotated[Path | None, typer.Option(help="Write the TOML that mskd distill takes to this new file.")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(parser=_path, metavar="FILE", help="Write the TOML that mskd distill takes to this new file."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Choose by short trial hops, kept under OUT/plan.")
     ] = False,
     out: Out = Path("out"),
 ) -> None:
-    """Propose chains from a teacher to a student, with what each costs."""
+    """Propose chains from teacher to student, with what each costs.
+
+    Give a recipe or file whose models are to be arranged, or --teacher and one of --target, --layers and --remove.
+    """
     from mskd.plan import proposals as planner
     from mskd.plan.estimate import proposals_table
 
-    if write is not None and (write.exists() or not write.parent.is_dir()):
-        why = "exists and is not written over" if write.exists() else "is in no folder that exists"
-        raise ConfigError(f"{write} {why}; give --write a new file")
+    if write is not None:
+        _write_new(write, "")
+        write.unlink()  # it is written when all else has gone well; trials take hours
     if recipe is not None:
         for flag, value in (("target", target), ("family", family), ("layers", layers), ("remove", remove)):
             if value is not None:
@@ -111,7 +141,7 @@ def plan(
     else:
         question = planner.from_flags(teacher, target, family, layers, remove)
         proposals = question.proposals()
-        chosen = config = parse(question.tree(data or "demo"), set, where="flags")
+        chosen = config = parse(question.tree("demo" if data is None else data), set, where="flags")
     say("\n".join(proposals_table(proposals, question.models, config)))
     if measure:
         from mskd.plan.trials import measure as run_trials
@@ -121,7 +151,7 @@ def plan(
         say("\n".join(ranking_table(found)))
         chosen = planner.with_paths(found.config, [t.path for t in found.ranking[:1]])
     if write is not None:
-        write.write_text(to_toml(chosen, "Proposed by mskd plan"), encoding="utf-8")
+        _write_new(write, to_toml(chosen, "Proposed by mskd plan"))
         say(f"{write}: mskd distill {write}")
 
 
@@ -138,9 +168,9 @@ def evaluate(
     set: Set = [],  # noqa: A002, B006
     out: Out = Path("out"),
 ) -> None:
-    """ROUGE-L and perplexity of one model on each data set, accuracy on tasks; the last line is JSON.
+    """Measure a model: ROUGE-L and perplexity, accuracy on tasks. The last line is JSON.
 
-    Without --data and --tasks: on the demo's data.
+    The first two on each data set, with their 95 % intervals. Without --data and --tasks: on the demo's data.
     """
     from mskd.evaluation.evaluate_model import evaluate_model
 
@@ -151,11 +181,13 @@ def evaluate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's folder: OUT/runs/NAME.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(parser=_path, metavar="RUN", help="A run's folder: OUT/runs/NAME.")],
+) -> None:
     """Write a run's report again from what is stored."""
     from mskd.report.report import write_report
 
-    say(str(write_report(run)))
+    say(str(write_report(local_path(run, "the run"))))
 
 
 @app.command()
@@ -164,7 +196,7 @@ def doctor() -> None:
     import mskd_kernels
 
     from mskd.config.hardware import detect
-    from mskd.run.chain import versions
+    from mskd.config.versions import versions
 
     hardware = detect()
     say(f"{hardware.name}: {hardware.memory_bytes / 2**30:.1f} GiB")
@@ -181,6 +213,17 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def _write_new(path: Path, text: str) -> None:
+    """Write a file that must not be there. Raises ConfigError."""
+    try:
+        with open(path, "x", encoding="utf-8") as f:
+            f.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists and is not written over; give --write a new file") from None
+    except OSError as e:
+        raise ConfigError(f"--write {shown(str(path))} cannot be written: {e.strerror}; give another file") from None
+
+
 # -- flags to a configuration ---------------------------------------------------------------------
 
 
@@ -189,9 +232,9 @@ def from_recipe(
 ) -> Config:
     """A recipe names its models itself; only its data may be changed by flag."""
     for flag, value in (("--teacher", teacher), ("--via", via), ("--student", student)):
-        if value:
+        if value not in (None, []):
             raise ConfigError(f"{flag} goes without a recipe; with {recipe} use --set models.{flag[2:]}=...")
-    given = [f"data.source={json.dumps(data)}"] if data else []
+    given = [] if data is None else [f"data.source={toml_value(data)}"]
     return load(recipe, [*given, *overrides])
 
 
@@ -229,9 +272,12 @@ def model_table(given: str | None, flag: str) -> dict[str, Any]:
     if not given.lstrip().startswith("{"):
         return {"source": given}
     try:
-        table = tomllib.loads(f"m = {given}")["m"]
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"{flag} {given!r} is no inline table like '{{layers = 16}}': {e}") from None
+        tree = read_toml(f"m = {given}", "the table")
+    except ConfigError as e:
+        raise ConfigError(f"{flag} {shown(given)} is no inline table like '{{layers = 16}}': {e}") from None
+    table = tree.pop("m")
+    if tree:
+        raise ConfigError(f"{flag} {shown(given)} goes on after its inline table; give one table, in one line")
     return table if "source" in table or "from" in table or flag == "--teacher" else {"from": "teacher", **table}
 
 
@@ -242,12 +288,14 @@ def main() -> None:
     """Entry point: runs the app; what a user can mend becomes one line on stderr and exit code 2."""
     # Before torch is imported: threads that spin long at barriers make a shared CPU five times slower (docs/log.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold bytes that are no text
     sys.exit(_run())
 
 
 def _run() -> int:
     try:
-        return app(standalone_mode=False) or 0
+        return app(prog_name="mskd", standalone_mode=False) or 0
     except ConfigError as e:
         return _fail(str(e))
     except UsageError as e:

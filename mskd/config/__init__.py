@@ -17,9 +17,11 @@ from mskd.config.schema import (
     parse,
     recipes,
     to_toml,
+    toml_value,
 )
 
 __all__ = [
     "RECIPES", "Batching", "Config", "ConfigError", "DataConfig", "EvalConfig", "EvaluateConfig", "ModelConfig",
     "Precision", "RunConfig", "TrainConfig", "all_paths", "load", "parse", "recipes", "to_toml",
+    "toml_value",
 ]  # fmt: skip

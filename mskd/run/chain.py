@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from mskd import models
 from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
 from mskd.config.phases import MinillmPhase
+from mskd.config.versions import versions
 from mskd.data.instructions import end_token_id
 from mskd.evaluation import evaluate
 from mskd.models import Teacher, prune
@@ -432,14 +432,3 @@ def make_accelerator(hardware: Hardware) -> Any:
         mixed_precision=hardware.mixed_precision,
         kwargs_handlers=[GradScalerKwargs(init_scale=2.0**11)],
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that take part."""
-    names = ("mskd", "torch", "triton", "transformers", "accelerate", "datasets", "bitsandbytes")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    found.setdefault("mskd", "0.1.0")
-    return found
