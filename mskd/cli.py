@@ -220,8 +220,11 @@ def _write_new(path: Path, text: str) -> None:
             f.write(text)
     except FileExistsError:
         raise ConfigError(f"{path} exists and is not written over; give --write a new file") from None
-    except OSError as e:
-        raise ConfigError(f"--write {shown(str(path))} cannot be written: {e.strerror}; give another file") from None
+    except (OSError, ValueError) as e:
+        if not os.path.isdir(path.parent):
+            raise ConfigError(f"--write {shown(str(path))} is in no folder that exists; give another file") from None
+        why = e.strerror if isinstance(e, OSError) else e
+        raise ConfigError(f"--write {shown(str(path))} cannot be written: {why}; give another file") from None
 
 
 # -- flags to a configuration ---------------------------------------------------------------------

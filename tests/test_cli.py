@@ -1,12 +1,16 @@
 """The command line: plain flags, exit codes, and one line on stderr for every mistake; nothing is written over."""
 
 import json
+import re
+import subprocess
+import sys
 
 import pytest
-from chain_setup import mskd, tree, write_rows
+import torch
+from chain_setup import environment, mskd, tree, write_rows
 
 from mskd.cli import from_flags
-from mskd.config import parse, to_toml
+from mskd.config import load, parse, to_toml
 
 SMALL = [
     "--set", "phases.kd.epochs=0.5", "--set", "phases.kd.batch_size=4", "--set", "phases.minillm.rollouts=4",
@@ -69,6 +73,60 @@ def test_doctor_says_what_and_why(run):
         assert word in text
 
 
+def test_help_is_whole_in_80_columns(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, shown, _ = run("--help")
+    commands = [line.split()[0] for line in shown[shown.index("Commands:") + 1 :]]
+    assert {"distill", "plan", "evaluate", "report", "doctor"} <= set(commands)
+    for command in [[], *([name] for name in commands)]:
+        code, shown, err = run(*command, "--help")
+        assert (code, err) == (0, []) and shown[0].startswith(" ".join(["Usage: mskd", *command]))
+        for line in shown:
+            assert len(line) <= 80 and "..." not in line.replace("[ARGS]...", ""), line
+
+
+def test_version_is_one_line_and_light():
+    code = "import sys; sys.argv = ['mskd', '--version']; from mskd.cli import main\n"
+    code += "try: main()\nexcept SystemExit as e: print(e.code, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    line, end = shown.stdout.splitlines()
+    assert re.fullmatch(r"mskd \S+ \(torch \S+, transformers \S+, Python 3\.\S+\)", line) and torch.__version__ in line
+    assert end == "0 []"
+
+
+def test_completion_for_a_shell(tmp_path):
+    """What the shell's script asks of the command, and that it is installed."""
+
+    def asked(words, **more):
+        where = {
+            "_MSKD_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"mskd {words}",
+            "COMP_CWORD": str(len(words.split())),
+        }
+        return mskd(env=where | more, check=True).stdout.split()
+
+    assert asked("dis") == ["distill"] and "--dry-run" in asked("distill --dry")
+    assert asked("distill dol") == ["dolly-smollm2", "dolly-smollm2-cpu"]
+    home = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    assert "_MSKD_COMPLETE=complete_bash" in mskd("--show-completion", "bash", env=home, check=True).stdout
+    mskd("--install-completion", "bash", env=home, check=True)
+    (script,) = tmp_path.glob(".bash_completions/mskd.sh")
+    assert "complete" in script.read_text() and str(script) in (tmp_path / ".bashrc").read_text()
+
+
+def test_plan_writes_what_distill_takes_and_nothing_before(run, tmp_path):
+    file = tmp_path / "run.toml"
+    question = ["plan", "--teacher", "gpt2-xl", "--target", "124M", "--write", file]
+    code, _, _ = run(*question, "--set", "seed=x")
+    assert code == 2 and not file.exists()
+    code, _, _ = run(*question, "--data", "é😀\x7f.jsonl")
+    assert code == 0 and load(file).data.source == "é😀\x7f.jsonl"
+    code, _, err = run(*question)
+    assert code == 2 and "exists and is not written over" in err[0]
+    code, shown, _ = run("plan", file, "--data", '"odd" é😀.jsonl')
+    assert code == 0 and shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -85,6 +143,28 @@ def test_doctor_says_what_and_why(run):
         (["evaluate", "./nowhere"], "nowhere"),
         (["report", "./nowhere"], "nowhere"),
         (["distil"], "distil"),
+        (["distill", "demo", "--data", ""], "data.source is ''"),
+        (["distill", "demo", "--teacher", ""], "--teacher goes without a recipe"),
+        (["distill", "--teacher", "", "--student", "s", "--data", "d"], "models.teacher.source is ''"),
+        (["distill", "--teacher", "x", "--student", "{layers = 1}\na = 2", "--data", "d"], "goes on after its inline"),
+        (["distill", "--teacher", "{a = " + "[" * 5000, "--student", "s", "--data", "d"], "nested too deep"),
+        (["distill", "demo", "--set", "models.teacher.source=" + "x" * 3000], "File name too long"),
+        (["distill", "demo", "--set", "models.teacher.source=~nosuchuser/x"], "Could not determine home directory"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "~nosuchuser/x"], "home directory"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "x" * 3000], "File name too long"),
+        (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "ROWS/"], "but is a file"),
+        (["distill", "demo", "--dry-run", "--set", "data.source=" + "x" * 3000], "File name too long"),
+        (["distill", "run\udcff.toml"], "no recipe or file 'run\\udcff.toml'"),
+        (["evaluate", ""], "the model is empty"),
+        (["evaluate", "MODEL", "--data", ""], "data.source is ''"),
+        (["report", ""], "it is empty"),
+        (["report", "~nosuchuser/x"], "Could not determine home directory"),
+        (["report", "x" * 3000], "File name too long"),
+        (["plan", "--teacher", "gpt2-xl", "--target", "124M", "--data", ""], "data.source is ''"),
+        (["plan", "--teacher", "gpt2-xl", "--target", "9" * 400], "is no size; give a number like 124M"),
+        (["plan", "--teacher", "gpt2-xl", "--target", "124M", "--write", ""], "it is empty"),
+        (["plan", "--teacher", "gpt2-xl", "--target", "124M", "--write", "/proc/x.toml"], "cannot be written"),
+        (["plan", "--teacher", "gpt2-xl", "--target", "124M", "--write", "x" * 3000], "File name too long"),
         (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["distill", "--teacher", "MODEL", "--student", "{layers = 9}", "--data", "ROWS"], "give at most 4"),
         (["distill", "--teacher", "MODEL", "--student", "{layers = 2}", "--data", "EMPTY"], "empty"),
@@ -103,6 +183,7 @@ def test_each_mistake_is_one_line_and_exit_code_2(run, rows, tiny_llama_folder, 
         "BROKEN": tmp_path / "broken.jsonl", "COLUMNS": tmp_path / "columns.jsonl",
     }  # fmt: skip
     out = ["--out", tmp_path / "out"] if arguments[0] in ("distill", "evaluate") else []
+    places["ROWS/"] = f"{rows}/"
     code, _, err = run(*[places.get(a, a) for a in arguments], *out)
     assert code == 2
     assert len(err) == 1 and err[0].startswith("mskd: ") and says in err[0], err

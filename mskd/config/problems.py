@@ -47,8 +47,10 @@ def local_path(given: str | Path, key: str) -> Path:
     """A path that the user gave, `~` expanded: one that the system can look for, whether or not something is there.
 
     Raises ConfigError for one that it cannot (too long, a NUL, an unknown user's home, no permission, a loop of links),
-    and for a file's name that ends with a slash, as only a folder's may.
+    for an empty one, and for a file's name that ends with a slash, as only a folder's may.
     """
+    if not str(given):
+        raise ConfigError(f"{key} is empty; give a path, '.' for this folder")
     try:
         path = Path(given).expanduser()
         os.stat(path)

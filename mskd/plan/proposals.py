@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mskd.config import Config, ConfigError
+from mskd.config.problems import shown
 from mskd.plan import sizes
 from mskd.plan.budget import shapes_of, source_shape
 from mskd.plan.sizes import Shape, short
 
 GAP = 2.5  # of the law of the capacity gap: a teacher's size over its student's
+MOST = 1e15  # parameters
 UNITS = {"": 1.0, "M": 1e6, "B": 1e9}
 
 
@@ -206,9 +208,9 @@ def _hubs() -> str:
 def _target(given: str) -> float:
     """Parameters from "124M", "1.5B", a plain number or a known model."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([MB]?)", given.strip(), re.IGNORECASE)
-    if match and float(match[1]) > 0:
-        return float(match[1]) * UNITS[match[2].upper()]
+    if match and 1 <= (size := float(match[1]) * UNITS[match[2].upper()]) <= MOST:
+        return size
     shape = sizes.shape_of(given)
     if shape is None:
-        raise ConfigError(f"target {given!r} is no size; give a number like 124M or 1.5B, or one of: {_hubs()}")
+        raise ConfigError(f"target {shown(given)} is no size; give a number like 124M or 1.5B, or one of: {_hubs()}")
     return shape.parameters

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def mskd(*arguments: Any, check: bool = False, **options: Any) -> subprocess.CompletedProcess:
-    """The command line in a process of its own."""
+def mskd(
+    *arguments: Any, check: bool = False, env: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.CompletedProcess:
+    """The command line in a process of its own. env: variables besides those of `environment`."""
     command = [sys.executable, "-m", "mskd", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=check, **options)
+    env = environment() | dict(env or {})
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=check, **options)
 
 
 def weights(out: Path) -> dict[str, str]:
