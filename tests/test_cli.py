@@ -71,6 +71,8 @@ def test_doctor_says_what_and_why(run):
     assert code == 0
     for word in ("torch", "transformers", "attention", "int8", "losses"):
         assert word in text
+    if not torch.cuda.is_available():
+        assert re.search(r"a product of matrices in bf16 (was|took) .*\d\.\d times", text)
 
 
 def test_help_is_whole_in_80_columns(run, monkeypatch):

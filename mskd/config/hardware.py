@@ -10,14 +10,18 @@ import ctypes
 import importlib.util
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from mskd.config.bf16 import bf16_speedup
 from mskd.config.schema import ConfigError
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
+
+WORTH_A_TRY = 1.3  # times as fast in bf16, of a CPU's products
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Probe:
     cpu_memory_bytes: int
     flash_attn_installed: bool
     local_rank: int = 0
-    cpu_bf16: bool = False  # whether the CPU multiplies bf16 matrices by itself (AMX)
+    cpu_flags: str = ""
+    bf16_speedup: Callable[[str, str], float] = bf16_speedup  # of a CPU by name and flags; asked only where it matters
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def probe() -> Probe:
         cpu_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         flash_attn_installed=importlib.util.find_spec("flash_attn") is not None,
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        cpu_bf16="amx_bf16" in _cpu("flags").split(),
+        cpu_flags=_cpu("flags"),
     )
 
 
@@ -183,14 +188,26 @@ def _mixed_precision(wish: str, gpu: Gpu | None, facts: Probe, reasons: dict[str
         reasons["precision"] = f"{wish}, as asked for"
         return "no" if wish == "fp32" else wish  # type: ignore[return-value]
     if gpu is None:
-        own = "this one has (AMX): train.precision = 'bf16' is faster" if facts.cpu_bf16 else "this one has not"
-        reasons["precision"] = f"fp32: few CPUs multiply in bf16 at full speed; {own}"
+        reasons["precision"] = f"fp32; {_bf16_on(facts)}"
         return "no"
     if bf16:
         reasons["precision"] = f"bf16 over fp32 weights: {gpu.sm} has it at full speed, without loss scaling"
         return "bf16"
     reasons["precision"] = f"fp16 with loss scaling over fp32 weights: {gpu.sm} has no bf16"
     return "fp16"
+
+
+def _bf16_on(facts: Probe) -> str:
+    """What bf16 would bring on this CPU, as it was timed."""
+    speedup = facts.bf16_speedup(facts.cpu_name, facts.cpu_flags)
+    if speedup >= WORTH_A_TRY:
+        return (
+            f"a product of matrices in bf16 was {speedup:.1f} times as fast here, "
+            "so train.precision = 'bf16' is worth a try: a step gains less than a product"
+        )
+    if speedup >= 1 / WORTH_A_TRY:
+        return f"a product of matrices in bf16 was about as fast here ({speedup:.1f} times)"
+    return f"a product of matrices in bf16 took {1 / speedup:.1f} times as long here"
 
 
 def _attention(

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mskd.config import ConfigError
+from mskd.config.cache import cache_dir
 from mskd.config.problems import local_path
 from mskd.store.files import disk_errors
 
@@ -64,15 +65,6 @@ KNOWN = {
         licence="apache-2.0",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """The user's cache folder for models, not created here."""
-    if given := os.environ.get("MSKD_CACHE"):
-        return local_path(given, "MSKD_CACHE")
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "mskd"
-    return Path.home() / ".cache" / "mskd"
 
 
 def resolve_source(source: str, *, revision: str | None = None) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +12,7 @@ import pytest
 import torch
 from chain_setup import environment
 
-from mskd.config import ConfigError
+from mskd.config import ConfigError, bf16
 from mskd.config.hardware import Gpu, Probe, detect, probe
 
 NAMES = {(6, 1): "P40", (7, 0): "V100", (7, 5): "T4", (8, 0): "A100", (8, 9): "L4", (9, 0): "H100", (10, 0): "B200"}
@@ -18,7 +20,9 @@ NAMES = {(6, 1): "P40", (7, 0): "V100", (7, 5): "T4", (8, 0): "A100", (8, 9): "L
 
 def machine(*capabilities: tuple[int, int], flash: bool = False, rank: int = 0) -> Probe:
     gpus = tuple(Gpu(NAMES[c], c, 16 * 2**30) for c in capabilities)
-    return Probe(gpus, "some CPU", 8 * 2**30, flash_attn_installed=flash, local_rank=rank)
+    return Probe(
+        gpus, "some CPU", 8 * 2**30, flash_attn_installed=flash, local_rank=rank, bf16_speedup=lambda cpu, flags: 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,9 +52,66 @@ def test_a_machine_without_gpu_computes_in_fp32():
     assert (hardware.mixed_precision, hardware.teacher_dtype, hardware.attention) == ("no", torch.float32, "sdpa")
     assert hardware.llm_int8
     assert detect("cpu", "bf16", facts=machine()).teacher_dtype == torch.bfloat16
-    assert hardware.reasons["precision"].endswith("this one has not")
-    amx = detect(facts=replace(machine(), cpu_bf16=True))
-    assert amx.mixed_precision == "no" and "train.precision = 'bf16' is faster" in amx.reasons["precision"]
+
+
+@pytest.mark.parametrize(
+    ("speedup", "says"),
+    [
+        (2.46, "in bf16 was 2.5 times as fast here, so train.precision = 'bf16' is worth a try"),
+        (1.04, "in bf16 was about as fast here (1.0 times)"),
+        (0.2, "in bf16 took 5.0 times as long here"),
+    ],
+)
+def test_what_bf16_brings_on_a_cpu_is_said_as_it_was_timed(speedup, says):
+    def timed(cpu, flags):
+        assert (cpu, flags) == ("some CPU", "fpu avx512_bf16")
+        return speedup
+
+    hardware = detect(facts=replace(machine(), cpu_flags="fpu avx512_bf16", bf16_speedup=timed))
+    assert hardware.mixed_precision == "no" and says in hardware.reasons["precision"]
+
+
+def test_bf16_is_timed_once_on_a_machine(tmp_path, monkeypatch):
+    asked = []
+
+    def timed():
+        asked.append(1)
+        return 0.25, 0.1
+
+    def speedup(cpu="some CPU", flags="fpu"):
+        bf16.bf16_speedup.cache_clear()  # as in another process
+        return bf16.bf16_speedup(cpu, flags)
+
+    monkeypatch.setenv("MSKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bf16, "times", timed)
+    try:
+        assert [speedup(), speedup()] == [2.5, 2.5] and len(asked) == 1
+        (file,) = (tmp_path / "cache").iterdir()
+        kept = json.loads(file.read_text())
+        assert kept["key"]["cpu"] == "some CPU" and (kept["fp32_ms"], kept["bf16_ms"]) == (250, 100)
+        for text in ("", "[]", "{", '{"speedup": "x"}', json.dumps(kept | {"speedup": math.nan}), "[" * 10**5):
+            file.write_text(text)
+            before = len(asked)
+            assert speedup() == 2.5 and len(asked) == before + 1
+        before = len(asked)
+        assert speedup(cpu="another") == speedup(flags="fpu amx") == 2.5 and len(asked) == before + 2
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+        assert speedup() == 2.5 and len(asked) == before + 3
+        (tmp_path / "file").touch()
+        for nowhere in (tmp_path / "file", "/proc/nowhere", "~nosuchuser/x"):  # no folder can be made there
+            monkeypatch.setenv("MSKD_CACHE", str(nowhere))
+            before = len(asked)
+            assert [speedup(), speedup()] == [2.5, 2.5] and len(asked) == before + 2
+            assert bf16.bf16_speedup("some CPU", "fpu") == 2.5 and len(asked) == before + 2  # once a process
+    finally:
+        bf16.bf16_speedup.cache_clear()
+
+
+def test_timing_leaves_the_random_numbers_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    fp32, in_bf16 = bf16.times()
+    assert 0 < fp32 < 10 and 0 < in_bf16 < 10 and torch.equal(torch.get_rng_state(), before)
 
 
 def test_wishes_are_granted():

@@ -238,7 +238,7 @@ def test_sources_that_name_no_model(tmp_path, monkeypatch):
     assert "is no model: there is no config.json" in refused(str(tmp_path / "empty"))
     for source in ("/no/such/folder", "./nowhere", "missing.gguf", "a/b/c", "two words", "", "~/no-such-folder"):
         message = refused(source)
-        assert "there is no folder or file" in message or "is no model" in message
+        assert "there is no folder or file" in message or "is no model" in message or "the model is empty" in message
         assert "known name (smollm2-135m) or a hub id" in message or source == ""
 
 
