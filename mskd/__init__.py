@@ -6,6 +6,7 @@
 The fused losses are a package of their own: `mskd_kernels`.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from mskd.config import Config, ConfigError, load
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 __version__ = VERSION
 __all__ = ["Config", "ConfigError", "Run", "distill", "load"]
+
+
+def _not_about_4_bits(record: logging.LogRecord) -> bool:
+    return "gemm_4bit_forward" not in str(record.msg)
+
+
+# bitsandbytes warns at its import, whoever imports it, where it finds no kernel for 4-bit weights, which mskd has none
+# of. It asks Hugging Face's package `kernels`; in a checkout's root Python finds our folder of that name instead.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_not_about_4_bits)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,6 @@
 """What is built and shipped: the wheel's and the sdist's contents, and life beside Hugging Face's package `kernels`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -67,3 +68,47 @@ def test_transformers_imports_beside_another_package_named_kernels(tmp_path):
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT
     )
     assert result.returncode == 0, result.stderr
+
+
+ZEN4 = """
+import json, logging, sys
+
+class AsOnZen4:  # where bitsandbytes asks `kernels` for a kernel at its import
+    def find_spec(self, name, path=None, target=None):
+        if name == "bitsandbytes.backends.cpu.ops":
+            sys.modules["bitsandbytes.functional"].has_avx512bf16 = lambda: True
+
+logged, handle = [], logging.Logger.handle
+logging.Logger.handle = lambda self, record: (logged.append(record.getMessage()), handle(self, record))
+sys.meta_path.insert(0, AsOnZen4())
+import mskd, bitsandbytes, kernels
+from bitsandbytes.backends.cpu import ops
+logging.getLogger(ops.__name__).warning("another warning")
+print(json.dumps([logged, getattr(ops, "gemm_4bit_forward_kernel", "no CPU library"), str(kernels.__path__)]))
+"""
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_bitsandbytes_says_nothing_of_the_folder_kernels_and_finds_the_package(tmp_path, installed):
+    """From the repository's root, without and with Hugging Face's package."""
+    if installed:
+        (tmp_path / "kernels").mkdir()
+        (tmp_path / "kernels" / "__init__.py").write_text(
+            "def get_kernel(name, version):\n    from types import SimpleNamespace\n"
+            "    return SimpleNamespace(gemm_4bit_forward=f'{name} {version}')\n"
+        )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(tmp_path)])
+    result = subprocess.run(
+        [sys.executable, "-c", ZEN4], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    logged, kernel, found = json.loads(result.stdout.splitlines()[-1])
+    if kernel == "no CPU library":
+        pytest.skip("bitsandbytes has no library for this CPU")
+    assert "gemm_4bit" not in result.stderr and "another warning" in result.stderr
+    if installed:
+        assert kernel == "kernels-community/quantization-bitsandbytes 1" and str(tmp_path) in found
+        assert logged == ["another warning"]
+    else:
+        assert kernel is None and str(ROOT / "kernels") in found
+        assert any("cannot import name 'get_kernel' from 'kernels'" in line for line in logged)

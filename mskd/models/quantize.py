@@ -9,7 +9,6 @@ every machine. A weight is cast to the activations' dtype a block of rows at a t
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 from typing import Any
 
@@ -87,8 +86,6 @@ def import_bitsandbytes(
     need: str = "8-bit teachers need", instead: str = "the model's precision to bf16, fp16 or fp32"
 ) -> ModuleType:
     """bitsandbytes, or ConfigError that names it, who needs it and what to set instead."""
-    # Its import warns where the optional package `kernels` is missing, which only its 4-bit path would use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
         import bitsandbytes.functional
