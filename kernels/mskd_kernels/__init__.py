@@ -4,7 +4,7 @@ reverse_kl = KL(student || teacher). Every op has a closed-form CPU path, Triton
 `<op>_reference` in plain torch. This list is the public interface.
 """
 
-from mskd_kernels._backend import PROVEN_CAPABILITIES, backend_for
+from mskd_kernels._backend import PROVEN_CAPABILITIES, backend_for, resolve_backend
 from mskd_kernels.divergence import divergence, divergence_reference, reverse_kl, reverse_kl_reference
 from mskd_kernels.linear import (
     linear_divergence,
@@ -45,6 +45,7 @@ __all__ = [
     "linear_reverse_kl_reference",
     "minillm_loss",
     "minillm_loss_reference",
+    "resolve_backend",
     "reverse_kl",
     "reverse_kl_reference",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from mskd_kernels import resolve_backend
 
 from mskd.config.bf16 import bf16_speedup
 from mskd.config.schema import ConfigError
@@ -135,6 +136,14 @@ def detect(
         llm_int8=llm_int8,
         reasons=reasons,
     )
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raise ConfigError unless the fused losses run with this `run.backend` on the device."""
+    try:
+        resolve_backend(backend, device)
+    except ValueError as e:
+        raise ConfigError(f"run.backend = {backend!r}: {e}") from None
 
 
 def keep_freed_memory() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mskd import models
 from mskd.config import ConfigError, DataConfig, EvaluateConfig
-from mskd.config.hardware import detect
+from mskd.config.hardware import check_backend, detect
 from mskd.data.instructions import Example, end_token_id, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.columns import COLUMNS, DASH, figure
@@ -44,6 +44,7 @@ def evaluate_model(
     for anything the user can mend.
     """
     hardware = detect(settings.run.device, "auto", settings.run.attention)
+    check_backend(settings.run.backend, hardware.device)
     out = Path(out)
     check_writable(out)
     asked = zero_shot.load_tasks(tasks) if tasks else None

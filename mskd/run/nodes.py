@@ -13,7 +13,7 @@ from typing import Any
 
 from mskd import models
 from mskd.config import Config, ConfigError, ModelConfig
-from mskd.config.hardware import Hardware
+from mskd.config.hardware import Hardware, check_backend
 from mskd.config.phases import Phase
 from mskd.config.problems import local_path
 from mskd.data.instructions import Example, Splits, further, load_data, load_items, load_text
@@ -81,6 +81,7 @@ class Graph:
         self.config, self.out, self.hardware = config, out, hardware
         used = self._used()
         phases = self._phases(used)
+        check_backend(config.run.backend, hardware.device)
         for phase in phases:
             check_optimizer(phase)
         for path in config.chain.paths:

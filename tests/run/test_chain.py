@@ -7,7 +7,8 @@ import pytest
 import torch
 from chain_setup import config, tree, weights, write_rows
 
-from mskd.config import ConfigError, load, parse
+from mskd.config import ConfigError, EvaluateConfig, load, parse
+from mskd.evaluation.evaluate_model import evaluate_model
 from mskd.evaluation.statistics import read_lines, summarize
 from mskd.models import load_model, load_tokenizer, save_model
 from mskd.run.chain import distill
@@ -265,6 +266,15 @@ def test_int8_without_bitsandbytes(tiny_llama_folder, data, tmp_path, monkeypatc
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     refused(small(tiny_llama_folder, data), tmp_path, "bitsandbytes")
+
+
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mskd_kernels._backend._interpreted", lambda: False)
+    asked = small(tmp_path / "no-model", tmp_path / "no-data.jsonl") | {"run": {"device": "cpu", "backend": "triton"}}
+    refused(asked, tmp_path, "run.backend = 'triton': .*runs on CUDA tensors, got cpu.*or use backend=\"torch\"")
+    with pytest.raises(ConfigError, match="run.backend = 'triton'"):
+        settings = parse({"run": asked["run"]}, kind=EvaluateConfig)
+        evaluate_model("no-model", settings, data=["no-data.jsonl"], out=tmp_path)
 
 
 def test_rollouts_that_do_not_fill_batches(tiny_llama_folder, data, tmp_path):
