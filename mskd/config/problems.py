@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,15 +88,15 @@ def describe(error: ValidationError, root: type[BaseModel]) -> str:
     unknown, wrong, missing = [], [], []
     for problem in problems:
         loc = problem["loc"][:-1] if problem["loc"][-1:] == ("[key]",) else problem["loc"]  # of a table's own name
-        model, key = _place(loc, root)
+        model, found, key = _place(loc, root)
         if problem["type"] == "extra_forbidden":
-            fields = [f.alias or name for name, f in model.model_fields.items()]
-            hint = nearest(str(loc[-1]), fields) or f"; allowed: {', '.join(sorted(fields))}"
-            unknown.append(f"unknown key {shown(key)}{hint}")
+            unknown.append(f"unknown key {shown(key)}{_hint(str(loc[-1]), model, root, str(loc[0]))}")
         elif problem["type"] == "missing":
             missing.append(repr(key))
         elif problem["type"] != "too_short" or not any(p["loc"][: len(loc)] == loc != p["loc"] for p in problems):
-            wrong.append(_wrong(problem, key))  # a list is too short where what is wrong with its entries is said
+            wrong.append(
+                _wrong(problem, key, _tags(found))
+            )  # a list is too short where what is wrong with its entries is said
     if missing:
         *others, last = missing
         missing = [f"{', '.join(others)} and {last} are missing" if others else f"{last} is missing"]
@@ -111,25 +112,35 @@ def listed(problems: Sequence[str]) -> str:
     return " ".join([f"{len(problems)} problems:", *lines, *([f"and {more} more like these"] if more > 0 else [])])
 
 
-def _wrong(problem: Mapping[str, Any], key: str) -> str:
-    """A value that is not allowed."""
+def _hint(name: str, model: type[BaseModel], root: type[BaseModel], table: str) -> str:
+    """What to do about a key that a model has not: the table where it belongs, or the nearest one, or all there are."""
+    homes = []
+    for other, field in root.model_fields.items():
+        if other != table and any(name in _keys(m) for m in _below(field.annotation)):
+            homes.append(f"[[{other}]]" if other == "phases" else f"[{other}]")
+    if homes and not _tags(model):  # what one objective has not, another has
+        return f"; it is a key of {' and '.join(homes)}"
+    return nearest(name, _keys(model)) or f"; allowed: {', '.join(sorted(_keys(model)))}"
+
+
+def _wrong(problem: Mapping[str, Any], key: str, tags: Sequence[str]) -> str:
+    """A value that is not allowed. tags: of the models that there are to choose from."""
     kind, given, message = problem["type"], problem["input"], problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    if kind in ("union_tag_invalid", "union_tag_not_found"):  # the one union of models is that of the phases
-        allowed = problem["ctx"].get("expected_tags", "").replace("'", "")
-        if kind == "union_tag_not_found":
-            return f"{key} needs an objective"
+    if kind == "union_tag_not_found":
+        return f"{key} needs an objective; allowed: {', '.join(tags)}"
+    if kind == "union_tag_invalid":
         tag = given.get("objective") if isinstance(given, Mapping) else given
-        return f"{key}.objective is {shown(tag)}; allowed: {allowed}{nearest(str(tag), allowed.split(', '))}"
+        return f"{key}.objective is {shown(tag)}; allowed: {', '.join(tags)}{nearest(str(tag), tags)}"
     if kind == "int_parsing_size":
         message = "a whole number here has at most 64 bits"
-    message = message.replace("valid tuple", "list").replace("tuple", "list").replace(" after validation", "")
-    return f"{key or 'it'} is {shown(given)}: {message[0].lower()}{message[1:]}"
+    message = (message[0].lower() + message[1:]).replace("valid tuple", "list").replace("tuple", "list")
+    return f"{key or 'it'} is {shown(given)}: {message.removesuffix(' after validation, not 0')}"
 
 
-def _place(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseModel], str]:
-    """The innermost model around the end of a pydantic location, and the location as the user writes it.
+def _place(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseModel], Any, str]:
+    """The innermost model around the end of a pydantic location, the type there, and the place as the user writes it.
 
     Where pydantic chose one of several models it names the choice, which is no key of the user's.
     """
@@ -138,15 +149,15 @@ def _place(loc: Sequence[int | str], root: type[BaseModel]) -> tuple[type[BaseMo
     for part in loc:
         choice = _models(at)
         if len(choice) > 1:
-            at = next((m for m in choice if part in get_args(m.model_fields["objective"].annotation)), None)
+            at = next((m for m in choice if part in _tags(m)), None)
             continue
-        parts.append(str(part))
+        parts.append(str(part) if re.fullmatch(r"[\w.>-]{1,80}", str(part)) else shown(str(part)))
         if choice:
             model = choice[0]
             at = next((f.annotation for name, f in model.model_fields.items() if part in (name, f.alias)), None)
         else:  # an entry of a list or of a table: what all entries are
             at = get_args(at)[1 if get_origin(at) is dict else 0] if get_args(at) else None
-    return model, ".".join(parts)
+    return model, at, ".".join(parts)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -156,3 +167,19 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, UnionType):
         return [model for option in get_args(annotation) for model in _models(option)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _below(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a value of this type, or an entry of it, may be."""
+    return _models(annotation) or [model for part in get_args(annotation) for model in _below(part)]
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [f.alias or name for name, f in model.model_fields.items()]
+
+
+def _tags(annotation: Any) -> list[str]:
+    """The objectives that choose between the models of a type."""
+    return [
+        tag for m in _models(annotation) if (f := m.model_fields.get("objective")) for tag in get_args(f.annotation)
+    ]

@@ -174,6 +174,19 @@ def test_all_problems_are_listed_and_keys_that_do_not_exist_come_first():
     assert "(30)" in (many := line({**TREE, "seeds": ["x"] * 500})) and many.endswith("and 470 more like these")
     models = {"kd": {"source": "x", "sorce": 1}, "b": {"source": "y"}}  # a model that is called as an objective
     assert "unknown key 'models.kd.sorce'; did you mean 'source'?" in line({**TREE, "models": models})
+    assert line({**TREE, "steps": 3}) == "run.toml: unknown key 'steps'; it is a key of [[phases]]"
+    assert "'data.max_new_tokens'; it is a key of [[phases]] and [evaluation]" in line(
+        {**TREE, "data": {"max_new_tokens": 1}}
+    )
+    sft = {"objective": "sft", "steps": 1, "temperature": 2}  # which other objectives have
+    assert "unknown key 'phases.0.temperature'; allowed: batch_size, betas, " in line({**TREE, "phases": [sft]})
+    assert line({**TREE, "phases": [{"steps": 1}]}).endswith(
+        "phases.0 needs an objective; allowed: " + ", ".join(OBJECTIVES)
+    )
+    assert line({**TREE, "phases": []}) == "run.toml: phases is []: list should have at least 1 item"
+    assert "models.'a\\nb' is 'a\\nb': a name has" in line(
+        {**TREE, "models": {**TREE["models"], "a\nb": {"source": "x"}}}
+    )
 
 
 def test_a_key_of_evaluate_is_looked_for_among_its_own():
