@@ -1,10 +1,10 @@
 """What a run is and where it runs: the configuration, its phases, the machine's hardware, the recipes."""
 
+from mskd.config.problems import ConfigError
 from mskd.config.schema import (
     RECIPES,
     Batching,
     Config,
-    ConfigError,
     DataConfig,
     EvalConfig,
     EvaluateConfig,
@@ -16,9 +16,8 @@ from mskd.config.schema import (
     load,
     parse,
     recipes,
-    to_toml,
-    toml_value,
 )
+from mskd.config.toml import to_toml, toml_value
 
 __all__ = [
     "RECIPES", "Batching", "Config", "ConfigError", "DataConfig", "EvalConfig", "EvaluateConfig", "ModelConfig",

@@ -18,7 +18,7 @@ import torch
 from mskd_kernels import resolve_backend
 
 from mskd.config.bf16 import bf16_speedup
-from mskd.config.schema import ConfigError
+from mskd.config.problems import ConfigError
 
 MixedPrecision = Literal["no", "bf16", "fp16"]
 

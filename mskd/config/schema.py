@@ -26,14 +26,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from mskd.config.phases import MOST, PRESETS, Count, Frozen, Phase, Real, Sequences, Temperature, Tokens, TopP, Whole
-from mskd.config.problems import ConfigError as ConfigError  # part of this module's interface
-from mskd.config.problems import describe, listed, local_path, read_toml, shown
-from mskd.config.problems import nearest as _nearest
+from mskd.config.problems import ConfigError, describe, listed, local_path, nearest, read_toml, shown
+from mskd.config.toml import override, plain, put
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_ASSISTANTS = 10  # of paths = "all"
 MAX_NAME = 200  # characters: a name is a folder's, or a good part of one
-MAX_DEPTH = 50  # of lists and tables in each other
 
 
 def _name(given: str) -> str:
@@ -112,7 +110,7 @@ def all_paths(chain: Mapping[str, Any], models: Iterable[str]) -> list[list[str]
     teacher, student = chain.get("teacher", names[0]), chain.get("student", names[-1])
     for key, name in (("teacher", teacher), ("student", student)):
         if name not in names:
-            raise ValueError(f"chain.{key} is {name!r}, which is no model{_nearest(str(name), names)}")
+            raise ValueError(f"chain.{key} is {name!r}, which is no model{nearest(str(name), names)}")
     first, last = names.index(teacher), names.index(student)
     if first >= last:
         raise ValueError(f"[models] must name the teacher {teacher!r} before the student {student!r}, not after")
@@ -266,7 +264,7 @@ class Config(Frozen):
                 yield f"the path {text} needs at least a teacher and a student"
             for name in path:
                 if name not in self.models:
-                    yield f"the path {text} names {shown(name)}, which is no model{_nearest(name, self.models)}"
+                    yield f"the path {text} names {shown(name)}, which is no model{nearest(name, self.models)}"
             if len(set(path)) != len(path):
                 yield f"the path {text} names a model twice"
 
@@ -275,7 +273,7 @@ class Config(Frozen):
             seen = [name]
             while (above := model.from_) is not None:
                 if above not in self.models:
-                    hint = _nearest(above, self.models)
+                    hint = nearest(above, self.models)
                     yield f"model {shown(seen[-1])} is cut from {shown(above)}, which is no model{hint}"
                     break
                 if above in seen:
@@ -288,7 +286,7 @@ class Config(Frozen):
         names = [f"{a}>{b}" for a, b in sorted(self._hops())]
         for key in self.hop:
             if key not in names:
-                yield f"hop.{shown(key)} overrides a hop that is on no path{_nearest(key, names)}"
+                yield f"hop.{shown(key)} overrides a hop that is on no path{nearest(key, names)}"
                 continue
             try:
                 self.hop_phases(*key.split(">"))
@@ -321,7 +319,7 @@ class Config(Frozen):
         tree.pop("seeds", None)
         tree.pop("grid", None)
         for key in sorted(values, key=lambda key: key.endswith(".objective")):  # others may name a phase by it
-            _put(tree, key, values[key], f"key {key!r}")
+            put(tree, key, values[key], f"key {key!r}")
         changed: Config = parse(tree, where="with " + ", ".join(f"{k} = {shown(v)}" for k, v in values.items()))
         return changed
 
@@ -333,7 +331,7 @@ class Config(Frozen):
         for key in overrides:
             if not any(key in type(p).model_fields for p in phases):
                 fields = {f for p in phases for f in type(p).model_fields}
-                raise ValueError(f"hop.{hop!r} has an unknown key {shown(key)}{_nearest(key, fields)}")
+                raise ValueError(f"hop.{hop!r} has an unknown key {shown(key)}{nearest(key, fields)}")
         own = [{k: v for k, v in overrides.items() if k in type(p).model_fields} for p in phases]
         # Checked again without overrides too: that makes a default 10 the 10.0 which nodes' hashes have always covered.
         return _phases([p.model_dump() | o for p, o in zip(phases, own, strict=True)], hop)
@@ -381,7 +379,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(
             f"{shown(str(source))} {why}; give a recipe or a TOML file; recipes: {', '.join(known)}"
             if why
-            else f"no recipe or file {shown(str(source))}{_nearest(str(source), known)}; recipes: {', '.join(known)}"
+            else f"no recipe or file {shown(str(source))}{nearest(str(source), known)}; recipes: {', '.join(known)}"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
@@ -403,36 +401,13 @@ def parse(
     """
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{where}: {shown(tree)} is no table of keys and values")
-    merged = _plain(tree, where)
+    merged = plain(tree, where)
     for item in overrides:
-        _override(merged, item)
+        override(merged, item)
     try:
-        return kind.model_validate(_plain(merged, where))
+        return kind.model_validate(plain(merged, where))
     except ValidationError as e:
         raise ConfigError(f"{where}: {describe(e, kind)}") from None
-
-
-def _plain(value: Any, where: str, key: tuple[str, ...] = ()) -> Any:
-    """A copy of plain values. Raises ConfigError for what no TOML file can hold, and so no run could write down."""
-    at = f"{where}: {shown('.'.join(key))}"
-    if len(key) > MAX_DEPTH:
-        raise ConfigError(f"{where}: {'.'.join(key[:3])}... has more than {MAX_DEPTH} tables and lists in each other")
-    if isinstance(value, Mapping):
-        for name in value:
-            if not isinstance(name, str):
-                raise ConfigError(f"{at} has the key {shown(name)}; a key is text")
-            _plain(name, where, key)
-        return {k: _plain(v, where, (*key, k)) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, where, (*key, str(i))) for i, v in enumerate(value)]
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ConfigError(f"{at} is {shown(value)}; a whole number here has at most 64 bits")
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ConfigError(f"{at} holds {shown(value)}, which is no valid UTF-8 text") from None
-    return value
 
 
 def _given(value: Any) -> Any:
@@ -450,87 +425,3 @@ def _given(value: Any) -> Any:
         if name == "objective" or own != preset.get(name, field.default):
             tree[field.alias or name] = _given(own)
     return tree
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    """Apply one `a.b.c=value`; the value is TOML, or a plain string."""
-    key, sep, text = item.partition("=")
-    if not sep:
-        raise ConfigError(f"--set {shown(item)} must look like key=value, for example --set phases.minillm.lr=1e-5")
-    try:
-        values = read_toml(f"v = {text.strip()}", "the value")
-    except ConfigError:
-        values = {}
-    _put(tree, key, values["v"] if set(values) == {"v"} else text.strip(), f"--set {shown(item)}")
-
-
-def _put(tree: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Set the value at a dotted key. An entry of a list is named by number or objective. `said`: the user's words."""
-    part = r'(?:"[^"]+"|[^."]+)'
-    if not re.fullmatch(rf"{part}(?:\.{part})*", key.strip()):
-        raise ConfigError(f'{said}: {shown(key)} is no key; a key looks like data.seed or hop."teacher>student".lr')
-    parts = [found.strip('"') for found in re.findall(part, key.strip())]
-    if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"{said}: a key has at most {MAX_DEPTH} parts, this has {len(parts)}")
-    node: Any = tree
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        if isinstance(node, list):
-            index = _phase_index(node, part, said)
-            if last:
-                node[index] = value
-            else:
-                node = node[index]
-        elif not isinstance(node, dict):
-            raise ConfigError(f"{said}: {shown('.'.join(parts[:i]))} is a value and has no {shown(part)}")
-        elif last:
-            node[part] = value
-        else:
-            node = node.setdefault(part, {})
-
-
-def _phase_index(phases: list[Any], part: str, said: str) -> int:
-    numbers = [str(i) for i in range(len(phases))]
-    names = [p.get("objective") if isinstance(p, dict) else None for p in phases]
-    if part in numbers:
-        return numbers.index(part)
-    if names.count(part) == 1:
-        return names.index(part)
-    allowed = ", ".join([*numbers[:20], *(n for n in names if isinstance(n, str))])
-    raise ConfigError(f"{said}: no single entry {shown(part)} in that list; allowed: {allowed}")
-
-
-def to_toml(config: Config, header: str = "") -> str:
-    """The resolved configuration as TOML that `load` reads back to an equal Config. `header`: comment lines."""
-    tree = config.model_dump(by_alias=True, exclude_none=True)
-    lines = [f"# {line}".rstrip() for line in header.splitlines()]
-    lines += [f"{k} = {toml_value(tree.pop(k))}" for k in ("name", "seed", "seeds") if k in tree and tree[k] != ()]
-    tree.pop("seeds", None)
-    for table in ("grid", "models", "hop"):
-        entries = tree.pop(table)
-        if entries:
-            lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {toml_value(v)}" for k, v in entries.items()]
-    phases = tree.pop("phases")
-    for table, entries in tree.items():
-        lines += ["", f"[{table}]"] + [f"{_toml_key(k)} = {toml_value(v)}" for k, v in entries.items()]
-    for phase in phases:
-        lines += ["", "[[phases]]"] + [f"{k} = {toml_value(v)}" for k, v in phase.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
-
-
-def toml_value(value: Any) -> str:
-    """A plain value as TOML writes it, in one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml_key(str(k))} = {toml_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    return repr(value)

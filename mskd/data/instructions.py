@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mskd.config import ConfigError, DataConfig
-from mskd.config.schema import _nearest
+from mskd.config.problems import nearest
 from mskd.data.rows import clean, first_line, missing, read_documents, read_rows
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _rows(raw: list[dict[str, Any]], source: str, key: str, config: DataConfig, 
     found = {kind: getattr(config, kind) for kind in ("instruction", "context", "response", "messages")}
     for kind, name in found.items():
         if name is not None and name not in present:
-            raise missing(f"data.{kind} = {name!r} is no column", key, source, present, _nearest(name, present))
+            raise missing(f"data.{kind} = {name!r} is no column", key, source, present, nearest(name, present))
     if not any(found.values()):
         found["messages"] = _usual(MESSAGES, present)
     if found["messages"] is not None:

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import RECIPES, ConfigError, DataConfig
-from mskd.config.problems import local_path
-from mskd.config.schema import _nearest
+from mskd.config.problems import local_path, nearest
 
 # 300 pairs written for this project, in the public domain (CC0 1.0); `split` says which 50 are its test.
 DEMO = RECIPES / "instructions.jsonl"
@@ -87,7 +86,7 @@ def _check_file(path: Path, key: str, suffixes: Sequence[str]) -> None:
         if path.is_dir():
             raise ConfigError(f"{key} {str(path)!r} is a folder; give a file of it ({allowed})")
         if not path.exists():
-            near = _nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
+            near = nearest(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
             raise ConfigError(f"{key} {str(path)!r} does not exist{near or f'; give a file ({allowed})'}")
     except OSError as e:  # a folder on the way that may not be entered, a name too long
         raise ConfigError(f"{key} {str(path)!r} cannot be read: {e.strerror}") from None
