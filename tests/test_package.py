@@ -43,7 +43,7 @@ def test_wheel_holds_the_two_packages_and_nothing_else(built):
     assert {t for t in tops if not t.endswith(".dist-info")} == {"mskd", "mskd_kernels"}
     assert "mskd/config/recipes/demo.toml" in names and "mskd/config/recipes/instructions.jsonl" in names
     shipped = {f"{p.relative_to(ROOT)}" for p in ROOT.glob("mskd/**/*.py")}
-    shipped |= {f"mskd_kernels/{p.name}" for p in ROOT.glob("kernels/mskd_kernels/*.py")}
+    shipped |= {f"{p.relative_to(ROOT / 'kernels')}" for p in ROOT.glob("kernels/mskd_kernels/**/*.py")}
     assert shipped == {n for n in names if n.endswith(".py")}
 
 

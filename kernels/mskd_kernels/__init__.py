@@ -4,7 +4,7 @@ reverse_kl = KL(student || teacher). Every op has a closed-form CPU path, Triton
 `<op>_reference` in plain torch. This list is the public interface.
 """
 
-from mskd_kernels._backend import PROVEN_CAPABILITIES, backend_for, resolve_backend
+from mskd_kernels._backend import backend_for, resolve_backend
 from mskd_kernels.divergence import divergence, divergence_reference, reverse_kl, reverse_kl_reference
 from mskd_kernels.linear import (
     linear_divergence,
@@ -16,6 +16,8 @@ from mskd_kernels.linear import (
 )
 from mskd_kernels.logprobs import linear_logprobs, linear_logprobs_reference
 from mskd_kernels.minillm import MiniLLMLoss, minillm_loss, minillm_loss_reference
+from mskd_kernels.proof.first_use import prove, state
+from mskd_kernels.proof.kept import Proof
 from mskd_kernels.supervised import (
     KDLoss,
     linear_cross_entropy,
@@ -25,9 +27,9 @@ from mskd_kernels.supervised import (
 )
 
 __all__ = [
-    "PROVEN_CAPABILITIES",
     "KDLoss",
     "MiniLLMLoss",
+    "Proof",
     "backend_for",
     "divergence",
     "divergence_reference",
@@ -45,7 +47,9 @@ __all__ = [
     "linear_reverse_kl_reference",
     "minillm_loss",
     "minillm_loss_reference",
+    "prove",
     "resolve_backend",
     "reverse_kl",
     "reverse_kl_reference",
+    "state",
 ]

@@ -268,10 +268,8 @@ def _row_loss_backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Ten
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     keep = _graph_is_kept()
-    if backend == "triton" and grad.dtype == dtype and type(grad) is Tensor:  # a tracer's is no memory
-        from mskd_kernels import _triton_rows  # where it is used: triton may be missing
-
-        return _triton_rows.scale(grad.clone() if keep else grad, factor)
+    if grad.dtype == dtype and type(grad) is Tensor and _rows.scales(backend, grad):  # a tracer's is no memory
+        return _rows.scale(grad.clone() if keep else grad, factor)
     return times(grad, factor, dtype, keep)
 
 

@@ -3,7 +3,8 @@
     plan(4096, 50257, 2, Chip((9, 0), 132, 50 * 2**20))
 
 The shapes aim at loads of 128 bits and no register spills; `python -m bench.architectures` compiles and counts.
-No row of the table has been timed: nothing here ran on a GPU.
+No row of the table has been timed: nothing here ran on a GPU. What a user's GPU measures decides only whether the
+fused kernel runs (`proof.timings`).
 """
 
 from typing import NamedTuple
@@ -59,11 +60,13 @@ _TABLE: tuple[tuple[tuple[int, int], _Shapes, _Shapes], ...] = (
 )
 
 
-def plan(tokens: int, vocabulary: int, itemsize: int, chip: Chip, heavy: bool = False) -> Plan:
+def plan(
+    tokens: int, vocabulary: int, itemsize: int, chip: Chip, heavy: bool = False, fuse: bool | None = None
+) -> Plan:
     """What runs for `tokens` rows of `vocabulary` logits of `itemsize` bytes, the wider of student and teacher.
 
-    The fused kernel runs where two rows a program fit in L2 and there are rows for every multiprocessor; `heavy`:
-    soft-caps, float64 sums and kinds of two passes take more registers, thus smaller tiles.
+    `fuse` None: the fused kernel runs where two rows a program fit in L2 and there are rows for every multiprocessor.
+    `heavy`: soft-caps, float64 sums and kinds of two passes take more registers, thus smaller tiles.
     """
     _, light, dense = next(row for row in reversed(_TABLE) if chip.capability >= row[0])
     shapes = dense if heavy else light
@@ -76,7 +79,7 @@ def plan(tokens: int, vocabulary: int, itemsize: int, chip: Chip, heavy: bool = 
         statistics=statistics,
         parts=_parts(tokens, -(-vocabulary // statistics.block), chip.processors),
         gradient=gradient,
-        fused=fused if worthwhile else None,
+        fused=fused if (worthwhile if fuse is None else fuse) else None,
         programs=min(tokens, chip.processors * max(residents, 1)),
     )
 

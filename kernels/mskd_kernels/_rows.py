@@ -3,14 +3,19 @@
 Formulas: `_row_op`. Neither way ever synchronises with the host on a GPU.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mskd_kernels import _torch_rows
+from mskd_kernels._backend import automatic
 from mskd_kernels._inputs import accumulate_dtype
 from mskd_kernels._row_op import COLUMNS, Coefficients, Objective, RowOp, evaluate, in_effect
+from mskd_kernels.proof.cases import covers, subject_of
+from mskd_kernels.proof.timings import Size, fastest
 
 
 def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None = None) -> Tensor:
@@ -20,7 +25,7 @@ def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, li
     """
     out = torch.zeros(s.shape[0], COLUMNS, dtype=accumulate_dtype(s, t), device=s.device)
     if s.shape[0]:
-        _path(op).statistics(op, s, t, tokens, live, out)
+        _path(_way(op, s, t, ("split", "torch"))).statistics(op, s, t, tokens, live, out)
     return out
 
 
@@ -41,7 +46,8 @@ def gradient(
     if s.shape[0] == 0 or all(c is None for c in coefficients):
         out.zero_()
         return
-    _path(op).gradient(op, s, t, tokens, stats, in_effect(coefficients, stats, live), out)
+    path = _path(_way(op, s, t, ("split", "torch")))
+    path.gradient(op, s, t, tokens, stats, in_effect(coefficients, stats, live), out)
 
 
 def fused(
@@ -58,9 +64,10 @@ def fused(
     `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. The same as `in_steps`, in one go
     where that can be.
     """
-    if s.shape[0] == 0 or not _path(op).fuses(op, s, t):
-        return in_steps(op, s, t, tokens, objective, out, live)
-    return _path(op).fused(op, s, t, tokens, objective, out, live)
+    way = _way(op, s, t, ("fused", "split", "torch")) if s.shape[0] else "split"
+    if way == "split":
+        return in_steps(replace(op, backend="triton"), s, t, tokens, objective, out, live)
+    return _path(way).fused(op, s, t, tokens, objective, out, live)
 
 
 def in_steps(
@@ -81,10 +88,34 @@ def in_steps(
     return stats, losses, clipped
 
 
-def _path(op: RowOp) -> Any:
-    """The module that does the work."""
-    if op.backend == "triton":
-        from mskd_kernels import _triton_rows  # where it is used: triton may be missing
+def scales(backend: str, x: Tensor) -> bool:
+    """Whether `scale` is there for x."""
+    return backend == "triton" or (backend == "auto" and x.is_cuda and covers(x) and automatic(x.device).passed)
 
-        return _triton_rows
-    return _torch_rows
+
+def scale(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor [] in Triton, x contiguous, in place; where the factor is 1, nothing is read or written."""
+    return _path("split").scale(x, factor)
+
+
+def _way(op: RowOp, s: Tensor, t: Tensor | None, among: Sequence[str]) -> str:
+    """One of the ways `among` ("fused", "split", "torch"): as the backend asks, or as the GPU's proof has measured."""
+    if op.backend == "torch" or (op.backend == "auto" and not s.is_cuda):
+        return "torch"
+    proof = automatic(s.device, subject_of(op, s, t)) if op.backend == "auto" else None
+    if proof is not None and not proof.passed:
+        return "torch"
+    first = "fused" if "fused" in among and _path("fused").fuses(op, s, t) else "split"
+    if proof is None:
+        return first
+    passes = 2 if op.kind is not None and op.kind.expectation is None else 1
+    return fastest(proof.table, Size(s.element_size(), passes, s.shape[1], s.shape[0]), first, among)
+
+
+def _path(way: str) -> Any:
+    """The module that does the work."""
+    if way == "torch":
+        return _torch_rows
+    from mskd_kernels import _triton_rows  # where it is used: triton may be missing
+
+    return _triton_rows

@@ -86,11 +86,6 @@ def gradient(
         _write_gradient(block, slope, some, extra, out, rows)
 
 
-def fuses(op: RowOp, s: Tensor, t: Tensor | None) -> bool:
-    """Whether `fused` is there for these logits: always, a block at a time."""
-    return True
-
-
 def fused(
     op: RowOp,
     s: Tensor,

@@ -24,7 +24,7 @@ from mskd_kernels._triton_kernels import (
     _terms_kernel,
 )
 
-__all__ = ["INTERPRETED", "Launch", "fused", "fuses", "gradient", "scale", "statistics"]
+__all__ = ["INTERPRETED", "Launch", "fused", "fuses", "gradient", "plan_for", "scale", "statistics"]
 
 _EXPECTATIONS = {None: 0, "student": 1, "teacher": 2}
 _NO_POLICY = (0.0, False, False)  # clip, weight_single_step, clip_weighted_ratio
@@ -49,9 +49,17 @@ class Launch(NamedTuple):
         self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def statistics(op: RowOp, s: Tensor, t: Tensor | None, tokens: Tensor | None, live: Tensor | None, out: Tensor) -> None:
+def statistics(
+    op: RowOp,
+    s: Tensor,
+    t: Tensor | None,
+    tokens: Tensor | None,
+    live: Tensor | None,
+    out: Tensor,
+    chosen: Plan | None = None,
+) -> None:
     """Fills `out` [N, COLUMNS], zeros on entry, for the rows that are live. N > 0."""
-    chosen = _plan(op, s, t, out.dtype)
+    chosen = chosen or plan_for(op, s, t)
     parts = out.new_empty(s.shape[0], chosen.parts, 6) if chosen.parts > 1 else out
     terms = out.new_zeros(s.shape[0], chosen.parts, 2) if two_passes(op) else None
     with _on(s):
@@ -69,16 +77,17 @@ def gradient(
     stats: Tensor,
     coefficients: Coefficients,
     out: Tensor,
+    chosen: Plan | None = None,
 ) -> None:
     """Writes the gradient in the raw student logits to `out` [N, V], N > 0; rows with coefficients 0 are not read."""
-    chosen = _plan(op, s, t, stats.dtype)
+    chosen = chosen or plan_for(op, s, t)
     with _on(s):
         gradient_launch(op, s, t, tokens, stats.contiguous(), coefficients, out, chosen.gradient).run()
 
 
 def fuses(op: RowOp, s: Tensor, t: Tensor | None) -> bool:
     """Whether the rows being worked on fit in L2, so that one kernel does it all; else one comes after the other."""
-    return _plan(op, s, t, accumulate_dtype(s, t)).fused is not None
+    return plan_for(op, s, t).fused is not None
 
 
 def fused(
@@ -89,10 +98,11 @@ def fused(
     objective: Objective,
     out: Tensor,
     live: Tensor | None = None,
+    chosen: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_rows.fused` in one kernel, where `fuses` says so; N > 0."""
+    """`_rows.fused` in one kernel, also where `fuses` would not; N > 0."""
     dtype = accumulate_dtype(s, t)
-    chosen = _plan(op, s, t, dtype)
+    chosen = chosen or plan_for(op, s, t, fuse=True)
     assert chosen.fused is not None
     stats = torch.zeros(s.shape[0], COLUMNS, dtype=dtype, device=s.device)
     losses = torch.zeros_like(stats[:, 0])
@@ -108,7 +118,7 @@ def scale(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor [], x contiguous, in place; where the factor is 1, x is neither read nor written."""
     if x.numel():
         with _on(x):
-            scale_launch(x, factor.to(x.device, non_blocking=True), _chip(x.device).processors).run()
+            scale_launch(x, factor.to(x.device, non_blocking=True), chip_of(x.device).processors).run()
     return x
 
 
@@ -250,9 +260,10 @@ def _wide(logits: list[Tensor]) -> bool:
     return set(starts) == {(0, 0)} or (one_size and len(set(starts)) == 1)
 
 
-def _plan(op: RowOp, s: Tensor, t: Tensor | None, dtype: torch.dtype) -> Plan:
+def plan_for(op: RowOp, s: Tensor, t: Tensor | None, fuse: bool | None = None) -> Plan:
+    """What runs for these logits on their GPU; `fuse` as in `plan`."""
     itemsize = s.element_size() if t is None else max(s.element_size(), t.element_size())
-    return plan(s.shape[0], s.shape[1], itemsize, _chip(s.device), heavy(op, dtype))
+    return plan(s.shape[0], s.shape[1], itemsize, chip_of(s.device), heavy(op, accumulate_dtype(s, t)), fuse)
 
 
 def heavy(op: RowOp, dtype: torch.dtype) -> bool:
@@ -262,7 +273,7 @@ def heavy(op: RowOp, dtype: torch.dtype) -> bool:
 
 
 @lru_cache
-def _chip(device: torch.device) -> Chip:
+def chip_of(device: torch.device) -> Chip:
     """The GPU's; the interpreter plays an H100, so that it takes the branches that a GPU takes."""
     if device.type != "cuda":
         return Chip((9, 0), 132, 50 * 2**20)

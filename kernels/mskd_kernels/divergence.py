@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
-from mskd_kernels._backend import resolve_backend
+from mskd_kernels._backend import check_backend
 from mskd_kernels._kinds import resolve_kind
 from mskd_kernels._ops import Rows, Settings, logits_fields, logits_loss
 from mskd_kernels._row_op import Objective
@@ -98,7 +98,7 @@ def divergence(
     row = resolve_kind(kind, beta)
     _inputs.check_settings(temperature, reduction)
     flat = _inputs.flat_mask(mask, shape, student_logits.device)
-    settings = Settings(row.name, row.beta, resolve_backend(backend, student_logits.device), temperature, False)
+    settings = Settings(row.name, row.beta, check_backend(backend, student_logits.device), temperature, False)
     rows = Rows.of(student_logits, teacher_logits, None, flat)
     if _inputs.logits_in_forward(gradient, reduction, student_logits):
         mean = reduction == "mean"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
-from mskd_kernels._backend import resolve_backend
+from mskd_kernels._backend import check_backend
 from mskd_kernels._chunks import Head
 from mskd_kernels._kinds import resolve_kind
 from mskd_kernels._ops import Batch, Settings, hidden_fields, hidden_loss
@@ -136,7 +136,7 @@ def linear_divergence(
     _inputs.check_settings(temperature, reduction)
     sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
     device = student_hidden.device
-    settings = Settings(row.name, row.beta, resolve_backend(backend, device), temperature, False, *sides)
+    settings = Settings(row.name, row.beta, check_backend(backend, device), temperature, False, *sides)
     budget = chunk_budget(chunk_bytes, device)
     if not _inputs.made_in_forward(gradient, reduction):
         values = hidden_fields(batch, settings, budget).value
@@ -232,7 +232,7 @@ def linear_minillm_loss(
         weight_single_step=weight_single_step,
         clip_weighted_ratio=clip_weighted_ratio,
     )
-    settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True, *sides)
+    settings = Settings("reverse_kl", None, check_backend(backend, device), temperature, True, *sides)
     budget, divisor = chunk_budget(chunk_bytes, device), divisor_of(batch, denominator)
     if _inputs.made_in_forward(gradient, "sum"):
         loss, fields, clipped = hidden_loss(batch, settings, budget, Objective(policy=policy), divisor)

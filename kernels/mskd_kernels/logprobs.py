@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
-from mskd_kernels._backend import resolve_backend
+from mskd_kernels._backend import check_backend
 from mskd_kernels._chunks import Head
 from mskd_kernels._ops import Settings, hidden_fields
 from mskd_kernels.linear import batch_of, chunk_budget, drop_masked, project_reference
@@ -53,7 +53,7 @@ def linear_logprobs(
     batch, shape = batch_of(Head(hidden, weight, bias), tokens=tokens, mask=mask)
     _inputs.check_settings(temperature)
     _inputs.check_side("", logit_scale, softcap)
-    backend = resolve_backend(backend, hidden.device)
+    backend = check_backend(backend, hidden.device)
     settings = Settings(None, None, backend, temperature, True, logit_scale, softcap)
     fields = hidden_fields(batch, settings, chunk_budget(chunk_bytes, hidden.device))
     return fields.logprob.reshape(shape), fields.entropy.reshape(shape)

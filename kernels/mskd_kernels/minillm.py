@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
-from mskd_kernels._backend import resolve_backend
+from mskd_kernels._backend import check_backend
 from mskd_kernels._ops import Fields, Rows, Settings, logits_fields, logits_loss
 from mskd_kernels._row_op import Objective, Policy
 from mskd_kernels.divergence import reference_logprobs, reference_values
@@ -148,7 +148,7 @@ def minillm_loss(
         weight_single_step=weight_single_step,
         clip_weighted_ratio=clip_weighted_ratio,
     )
-    settings = Settings("reverse_kl", None, resolve_backend(backend, device), temperature, True)
+    settings = Settings("reverse_kl", None, check_backend(backend, device), temperature, True)
     rows = Rows.of(student_logits, teacher_logits, token, flat)
     divisor = _inputs.divisor(flat, rows.student.shape[0], denominator, dtype)
     if _inputs.logits_in_forward(gradient, "mean", student_logits):

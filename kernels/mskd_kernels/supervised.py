@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mskd_kernels import _inputs
-from mskd_kernels._backend import resolve_backend
+from mskd_kernels._backend import check_backend
 from mskd_kernels._chunks import Head
 from mskd_kernels._kinds import resolve_kind
 from mskd_kernels._ops import Batch, Fields, Settings, hidden_fields, hidden_loss
@@ -61,7 +61,7 @@ def linear_cross_entropy(
     batch, shape = batch_of(Head(hidden, weight, bias), tokens=targets, mask=mask)
     _inputs.check_settings(temperature, reduction)
     _inputs.check_side("", logit_scale, softcap)
-    budget, backend = chunk_budget(chunk_bytes, hidden.device), resolve_backend(backend, hidden.device)
+    budget, backend = chunk_budget(chunk_bytes, hidden.device), check_backend(backend, hidden.device)
     settings = Settings(None, None, backend, temperature, False, logit_scale, softcap)
     if not _inputs.made_in_forward(gradient, reduction):
         values = -hidden_fields(batch, settings, budget).logprob
@@ -147,7 +147,7 @@ def linear_kd_loss(
     one, _ = batch_of(student, tokens=targets, mask=mask)
     _inputs.check_settings(temperature)
     sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
-    backend = resolve_backend(backend, student_hidden.device)
+    backend = check_backend(backend, student_hidden.device)
     settings = Settings(row.name, row.beta, backend, temperature, False, *sides)
     in_forward, divisor = _inputs.made_in_forward(gradient, "sum"), divisor_of(batch, denominator)
     budget = chunk_budget(chunk_bytes, student_hidden.device)

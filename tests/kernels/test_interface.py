@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import logits, token_constants
 from mskd_kernels import (
-    PROVEN_CAPABILITIES,
+    Proof,
     _backend,
     backend_for,
     divergence,
@@ -60,16 +60,13 @@ def test_public_names_and_references():
 
 
 def test_backend_of_this_machine(monkeypatch):
-    assert backend_for("cpu")[0] == "torch" and "CUDA" in backend_for(torch.device("cpu"))[1]
-    assert all(isinstance(c, tuple) and len(c) == 2 for c in PROVEN_CAPABILITIES)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 0))
-    monkeypatch.setattr(_backend, "PROVEN_CAPABILITIES", frozenset())
-    name, reason = backend_for("cuda:0")
-    assert name == "torch" and "sm_70" in reason and "proven" in reason
-    assert _backend.resolve_backend("auto", torch.device("cuda:0")) == "torch"
-    assert _backend.resolve_backend("triton", torch.device("cuda:0")) == "triton"  # asked for is obeyed
-    monkeypatch.setattr(_backend, "PROVEN_CAPABILITIES", frozenset({(7, 0)}))
-    assert backend_for("cuda:0")[0] == "triton"
+    assert backend_for("cpu")[0] == "torch" and backend_for(torch.device("cpu"))[1].startswith("no GPU")
+    assert _backend.resolve_backend("auto", torch.device("cpu")) == "torch"
+    gpu = torch.device("cuda:0")
+    for proof, backend in ((Proof(True, "right"), "triton"), (Proof(False, "wrong"), "torch")):
+        monkeypatch.setattr(_backend, "state", lambda device, proof=proof: proof)
+        assert _backend.resolve_backend("auto", gpu) == backend == backend_for("cuda:0")[0]
+        assert _backend.resolve_backend("triton", gpu) == "triton"  # asked for is obeyed, proven or not
 
 
 def test_triton_on_cpu_without_the_interpreter_is_refused():
@@ -79,8 +76,10 @@ try:
     mskd_kernels.reverse_kl(torch.zeros(2, 3), torch.zeros(2, 3), backend="triton")
 except ValueError as error:
     print(error)
+print(mskd_kernels.state("cpu"))
 """
-    assert "TRITON_INTERPRET=1" in run(code)
+    refused, state = run(code).splitlines()
+    assert "TRITON_INTERPRET=1" in refused and state.startswith("Proof(passed=False, why='no GPU: ")
 
 
 S, T = logits(6, 10)

@@ -14,8 +14,8 @@ V100, A100, H100 = Chip((7, 0), 80, 6 * 2**20), Chip((8, 0), 108, 40 * 2**20), C
 
 def force(monkeypatch, **changes):
     """Makes the plan take a branch."""
-    chosen = _triton_rows._plan
-    monkeypatch.setattr(_triton_rows, "_plan", lambda *arguments: chosen(*arguments)._replace(**changes))
+    chosen = _triton_rows.plan_for
+    monkeypatch.setattr(_triton_rows, "plan_for", lambda *given, **wish: chosen(*given, **wish)._replace(**changes))
 
 
 def everything(op: RowOp, s, t, objective: Objective, tokens, live=None):
