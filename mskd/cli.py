@@ -191,8 +191,12 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
-    """What this machine will use, and why."""
+def doctor(
+    prove: Annotated[bool, typer.Option("--prove", help="Prove and time the losses' kernels on the GPU anew.")] = False,
+) -> None:
+    """What this machine will use, and why. On a GPU the losses' kernels are proven first, once."""
+    import warnings
+
     import mskd_kernels
 
     from mskd.config.hardware import detect
@@ -202,7 +206,14 @@ def doctor() -> None:
     say(f"{hardware.name}: {hardware.memory_bytes / 2**30:.1f} GiB")
     for choice, reason in hardware.reasons.items():
         say(f"{choice:>10}  {reason}")
-    backend, why = mskd_kernels.backend_for(hardware.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # why they stay off is said below
+            if prove and hardware.device.type == "cuda":
+                mskd_kernels.prove(hardware.device)
+            backend, why = mskd_kernels.backend_for(hardware.device)
+    except ValueError as e:  # of MSKD_KERNELS
+        raise ConfigError(str(e)) from None
     say(f"{'losses':>10}  {backend}: {why}")
     for package, version in versions().items():
         say(f"{package:>14} {version}")

@@ -4,13 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
+import mskd_kernels
 import pytest
 import torch
 from chain_setup import environment, mskd, tree, write_rows
 
 from mskd.cli import from_flags
-from mskd.config import load, parse, to_toml
+from mskd.config import hardware, load, parse, to_toml
 
 SMALL = [
     "--set", "phases.kd.epochs=0.5", "--set", "phases.kd.batch_size=4", "--set", "phases.minillm.rollouts=4",
@@ -127,6 +129,21 @@ def test_plan_writes_what_distill_takes_and_nothing_before(run, tmp_path):
     assert code == 2 and "exists and is not written over" in err[0]
     code, shown, _ = run("plan", file, "--data", '"odd" é😀.jsonl')
     assert code == 0 and shown
+
+
+def test_doctor_proves_the_kernels_anew_where_there_is_a_gpu(run, monkeypatch):
+    proven, given = [], mskd_kernels.backend_for
+    monkeypatch.setattr(mskd_kernels, "prove", proven.append)
+    monkeypatch.setattr(mskd_kernels, "backend_for", lambda device: ("triton", f"proven on {device.type}"))
+    assert "triton: proven on cpu" in "\n".join(run("doctor", "--prove")[1]) and not proven
+    gpu = replace(hardware.detect("cpu"), device=torch.device("cuda", 0))
+    monkeypatch.setattr(hardware, "detect", lambda: gpu)
+    assert "triton: proven on cuda" in "\n".join(run("doctor")[1]) and not proven
+    assert run("doctor", "--prove")[0] == 0 and proven == [gpu.device]
+    monkeypatch.setattr(mskd_kernels, "backend_for", given)
+    monkeypatch.setenv("MSKD_KERNELS", "fast")
+    code, _, err = run("doctor")
+    assert code == 2 and "MSKD_KERNELS='fast' is not known; allowed: auto, torch, triton, retest" in "".join(err)
 
 
 @pytest.mark.parametrize(

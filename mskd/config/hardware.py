@@ -139,7 +139,10 @@ def detect(
 
 
 def check_backend(backend: str, device: torch.device) -> None:
-    """Raise ConfigError unless the fused losses run with this `run.backend` on the device."""
+    """Raise ConfigError unless the fused losses run with this `run.backend` on the device.
+
+    With "auto" on a GPU the kernels are proven here, once, before models take its memory.
+    """
     try:
         resolve_backend(backend, device)
     except ValueError as e:
