@@ -63,15 +63,15 @@ class PhaseBase(Frozen):
     epochs: Epochs | None = Field(None, description="passes over the training prompts; 0: no limit")
     batch_size: Sequences = Field(8, description="sequences in one optimizer step")
     micro_batch_size: Sequences = Field(8, description="sequences at most in one forward of one process")
-    lr: Rate = 1e-4
-    warmup_steps: Whole = Field(0, ge=0, le=MOST)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    weight_decay: Real = Field(1e-6, ge=0, le=1e3)
-    betas: tuple[Moment, Moment] = (0.9, 0.95)
-    eps: Real = Field(1e-8, ge=1e-30, le=1, description="a float32 must hold it")
+    lr: Rate = Field(1e-4, description="learning rate at its highest")
+    warmup_steps: Whole = Field(0, ge=0, le=MOST, description="steps in which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate after that")
+    weight_decay: Real = Field(1e-6, ge=0, le=1e3, description="of AdamW")
+    betas: tuple[Moment, Moment] = Field((0.9, 0.95), description="of AdamW")
+    eps: Real = Field(1e-8, ge=1e-30, le=1, description="of AdamW; a float32 must hold it")
     grad_clip: Real = Field(1.0, gt=0, le=1e9, description="greatest norm of a step's gradient; 1e9: as good as off")
     optimizer: Literal["adamw", "adamw_8bit"] = Field("adamw", description="adamw_8bit: bitsandbytes' 8-bit states")
-    keep: Keep = "last"
+    keep: Keep = Field("last", description="the weights of the last step, or the best by validation")
     eval_every: Count | None = Field(None, description="steps between validations; needed by keep = 'best'")
 
     @field_validator("steps", "epochs", mode="before")
@@ -103,10 +103,10 @@ class TeacherResponses(Frozen):
     A response that reaches max_new_tokens has no end token.
     """
 
-    max_new_tokens: Tokens = 256
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    top_k: TopK = 0
+    max_new_tokens: Tokens = Field(256, description="of a response")
+    temperature: Temperature = Field(1.0, description="of the sampling")
+    top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
+    top_k: TopK = Field(0, description="sample from so many likeliest tokens; 1: greedy, 0: off")
     batch_size: Sequences = Field(32, description="sequences decoded together by one process")
     data_share: Real = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
 
@@ -124,9 +124,11 @@ class KdPhase(PhaseBase):
     """
 
     objective: Literal["kd"] = "kd"
-    kd_ratio: Share = 1.0
-    temperature: Temperature = 1.0
-    teacher_responses: TeacherResponses | None = None
+    kd_ratio: Share = Field(1.0, description="share of the KL term; the rest is cross-entropy")
+    temperature: Temperature = Field(1.0, description="of both models in the KL term")
+    teacher_responses: TeacherResponses | None = Field(
+        None, description="train on responses of the teacher in place of the data's"
+    )
 
     @property
     def needs_responses(self) -> bool:
@@ -141,7 +143,7 @@ class SeqkdPhase(PhaseBase):
     """
 
     objective: Literal["seqkd"] = "seqkd"
-    teacher_responses: TeacherResponses = TeacherResponses()
+    teacher_responses: TeacherResponses = Field(TeacherResponses(), description="how the teacher answers")
 
     @property
     def needs_responses(self) -> bool:
@@ -159,9 +161,9 @@ class OnPolicyPhase(PhaseBase):
         None, description="sequences of one round, over all processes; default: batch_size, a round each step"
     )
     rollout_batch_size: Sequences = Field(32, description="sequences decoded together by one process")
-    max_new_tokens: Tokens = 256
-    top_p: TopP = 1.0
-    top_k: TopK = 0
+    max_new_tokens: Tokens = Field(256, description="of a sampled response")
+    top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
+    top_k: TopK = Field(0, description="sample from so many likeliest tokens; 0: off")
 
     @model_validator(mode="after")
     def _whole_batches(self) -> OnPolicyPhase:
@@ -197,7 +199,9 @@ class Replay(Frozen):
     """
 
     capacity: Count = Field(1000, description="sequences")
-    fresh: Literal["decreasing", "constant", "increasing"] = "decreasing"
+    fresh: Literal["decreasing", "constant", "increasing"] = Field(
+        "decreasing", description="how the share of new responses goes through the phase"
+    )
 
 
 class MixedPhase(OnPolicyPhase):
@@ -211,11 +215,15 @@ class MixedPhase(OnPolicyPhase):
     student_share: Share = Field(
         0.5, description="share of the student's own responses in a round; with adaptive_share at the start"
     )
-    adaptive_share: AdaptiveShare | None = None
-    replay: Replay | None = None
+    adaptive_share: AdaptiveShare | None = Field(
+        None, description="raise the student's share when the validation loss has risen"
+    )
+    replay: Replay | None = Field(None, description="train on the student's earlier responses again")
     sampling_temperature: Temperature = Field(1.0, description="of the student while it samples")
     temperature: Temperature = Field(1.0, description="of both models in the divergence")
-    teacher_responses: TeacherResponses | None = None
+    teacher_responses: TeacherResponses | None = Field(
+        None, description="responses of the teacher in place of the data's, where the student does not answer"
+    )
 
     @model_validator(mode="after")
     def _adapts_between_rounds(self) -> MixedPhase:
@@ -272,8 +280,8 @@ class DistillmPhase(MixedPhase):
     """
 
     objective: Literal["distillm"] = "distillm"
-    divergence: Literal["skew_kl", "skew_reverse_kl"] = "skew_kl"
-    skew: Real = Field(0.1, gt=0, lt=1)
+    divergence: Literal["skew_kl", "skew_reverse_kl"] = Field("skew_kl", description="which of the two is the loss")
+    skew: Real = Field(0.1, gt=0, lt=1, description="s in them")
     lm_weight: Weight = Field(1.0, description="weight of the plain-text term; off where data.text is not given")
     kd_ratio: ClassVar[float] = 0.0  # the plain-text term is cross-entropy alone
 
@@ -304,30 +312,32 @@ class MinillmPhase(OnPolicyPhase):
     """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
 
     objective: Literal["minillm", "lmops"] = "minillm"
-    steps: Count | None = 5000
-    epochs: Epochs | None = 10
-    batch_size: Sequences = 64
-    lr: Rate = 5e-6
-    warmup_steps: Whole = Field(100, ge=0, le=MOST)
+    steps: Count | None = Field(5000, description="optimizer steps; with epochs, whichever comes first; 0: no limit")
+    epochs: Epochs | None = Field(10, description="passes over the training prompts; 0: no limit")
+    batch_size: Sequences = Field(64, description="sequences in one optimizer step")
+    lr: Rate = Field(5e-6, description="learning rate at its highest")
+    warmup_steps: Whole = Field(100, ge=0, le=MOST, description="steps in which the learning rate rises from 0")
     # sampling
     rollouts: Sequences = Field(256, description="sequences sampled in one round, over all processes")
     mix_alpha: Real = Field(0.2, ge=0, lt=1, description="share of the teacher in the sampling mixture")
-    temperature: Temperature = 1.0
+    temperature: Temperature = Field(1.0, description="of the sampling")
     # optimisation
-    ppo_epochs: Whole = Field(4, ge=1, le=1000)
-    clip: Real = Field(0.2, gt=0, lt=1)
+    ppo_epochs: Whole = Field(4, ge=1, le=1000, description="passes over the samples of a round")
+    clip: Real = Field(0.2, gt=0, lt=1, description="the ratio to the sampling policy is clipped to 1 +- it")
     # returns
-    gamma: Share
-    include_current: bool
-    whiten: bool
+    gamma: Share = Field(description="discount of later rewards in a token's return")
+    include_current: bool = Field(description="whether a token's return holds its own reward")
+    whiten: bool = Field(description="whether advantages get mean 0 and variance 1 over a round")
     reward_scaling: Real = Field(ge=1e-6, le=1e6, description="rewards are divided by it")
     reward_clip: Real = Field(ge=0, le=1e6, description="rewards are clipped to +- it; 0: off")
     # loss
-    weight_single_step: bool
-    clip_weighted_ratio: bool
+    weight_single_step: bool = Field(
+        description="importance weight on the single-step term; only adds variance, so false is recommended"
+    )
+    clip_weighted_ratio: bool = Field(description="clip ratio times weight, or the ratio alone")
     lm_weight: Weight = Field(1.0, description="weight of the plain-text term; off where data.text is not given")
     kd_ratio: Share = Field(description="share of soft cross-entropy in the plain-text term")
-    keep_by: Literal["reverse_kl", "rouge_l"] = "reverse_kl"
+    keep_by: Literal["reverse_kl", "rouge_l"] = Field("reverse_kl", description="what keep = 'best' goes by")
 
     @model_validator(mode="before")
     @classmethod

@@ -55,14 +55,14 @@ Batching = Literal["bucket", "pack"]
 class ModelConfig(Frozen):
     """One named model: `source` (hub id, folder, GGUF file, known name), or `from` another one with fewer `layers`."""
 
-    source: Source | None = None
-    from_: str | None = Field(None, alias="from")
+    source: Source | None = Field(None, description="hub id, folder, GGUF file or known name")
+    from_: str | None = Field(None, alias="from", description="the named model that this one is cut from")
     layers: Annotated[Whole, Field(ge=1, le=10_000)] | None = Field(
         None, description="transformer layers kept, those of greatest block influence"
     )
     precision: Precision = Field("int8", description="of the weights while this model is a frozen teacher")
-    revision: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
     prepare: tuple[Phase, ...] = Field((), description="phases that this model goes through once, before any hop")
 
     @model_validator(mode="after")
@@ -170,14 +170,16 @@ EVAL_PRESETS: dict[str, dict[str, Any]] = {
 class EvalConfig(Frozen):
     """How models are evaluated; a protocol is a set of values, each of which may be changed."""
 
-    protocol: Literal["released", "quick", "greedy"] = "quick"
-    seeds: tuple[Annotated[Whole, Field(ge=-(2**63), lt=2**63)], ...] = Field(min_length=1)
-    max_new_tokens: Tokens
-    sample: bool
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    no_repeat_ngram_size: Whole = Field(ge=0, le=MOST)
-    batch_size: Sequences = 16
+    protocol: Literal["released", "quick", "greedy"] = Field("quick", description="sets the values in the table below")
+    seeds: tuple[Annotated[Whole, Field(ge=-(2**63), lt=2**63)], ...] = Field(
+        min_length=1, description="an answer to each item is sampled with each"
+    )
+    max_new_tokens: Tokens = Field(description="of an answer")
+    sample: bool = Field(description="sample the answers, or take the most likely token each time")
+    temperature: Temperature = Field(1.0, description="of the sampling")
+    top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
+    no_repeat_ngram_size: Whole = Field(ge=0, le=MOST, description="no so many tokens twice in an answer; 0: off")
+    batch_size: Sequences = Field(16, description="items answered together")
     limit: Count | None = Field(None, description="test items used at most")
     data: tuple[Source, ...] = Field((), description="further data sets, files or hub ids, for every finished model")
 
@@ -196,16 +198,18 @@ class TrainConfig(Frozen):
     batching: Batching = Field(
         "bucket", description="how padding stays under 5 %: sequences of like length in a forward, or several in a row"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="make activations again in the backward pass")
     loss_chunk_mb: MiB = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
 
 
 class RunConfig(Frozen):
     """Where and how to run; never part of a node's hash."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     backend: Literal["auto", "triton", "torch"] = Field("auto", description="of the fused losses")
-    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+        "auto", description="transformers' attention implementation"
+    )
     teacher_cache_mb: MiB = Field(
         2048, description="MiB of GPU memory for the teacher's hidden states of a round; more go to pinned memory"
     )
@@ -216,10 +220,10 @@ class RunConfig(Frozen):
 
 
 class Config(Frozen):
-    name: Name = "run"
-    seed: Seed = 0
+    name: Name = Field("run", description="of the run's folder; default: the file's name")
+    seed: Seed = Field(0, description="every random stream derives from it")
     seeds: tuple[Seed, ...] = Field((), description="a sweep: all is done once for each; `seed` draws the test items")
-    models: dict[Name, ModelConfig] = Field(min_length=1)
+    models: dict[Name, ModelConfig] = Field(min_length=1, description="every model by its name")
     chain: ChainConfig
     data: DataConfig = DataConfig()
     phases: tuple[Phase, ...] = Field(min_length=1)
