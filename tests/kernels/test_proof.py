@@ -129,6 +129,28 @@ def test_the_version_of_the_driver(says, version):
     assert kept.driver_of(says) == version
 
 
+def test_a_gpu_is_asked_for_in_its_own_words(monkeypatch, proving):
+    """A pretended A100 behind the index that is current."""
+    found = SimpleNamespace(name="A100", major=8, minor=0, multi_processor_count=108)
+    asked = {
+        "is_available": True,
+        "is_current_stream_capturing": False,
+        "current_device": 1,
+        "get_device_properties": found,
+    }
+    for name, answer in asked.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: answer)
+    monkeypatch.setattr(_triton_kernels, "INTERPRETED", False)
+    key = kept.key_of(torch.device("cuda:1"))
+    assert (key["gpu"], key["capability"], key["processors"]) == ("A100", [8, 0], 108)
+    proving(RIGHT)
+    assert state("cuda").passed and state("cuda:1") is state("cuda") and proving.runs() == ["cuda:1 core timed"]
+    assert state("cuda:0").passed and len(proving.runs()) == 1  # another GPU of the same model
+    assert mskd_kernels.backend_for("cuda") == ("triton", state("cuda").why)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in state("cuda:2").why
+
+
 def test_a_record_that_is_not_ours_is_proven_anew(monkeypatch, proving, cache):
     proving(RIGHT)
     found = state(DEVICE)

@@ -64,7 +64,8 @@ def _driver() -> str:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         text = ""
-    return driver_of(text) or str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
+    asked = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return driver_of(text) or ("" if asked is None else str(asked()))
 
 
 def driver_of(text: str) -> str | None:
