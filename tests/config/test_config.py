@@ -1,6 +1,7 @@
 """The configuration: presets, overrides, round trip, and one clear line for every mistake."""
 
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from mskd.config import ConfigError, EvalConfig, EvaluateConfig, load, parse, re
 from mskd.config.phases import OBJECTIVES, KdPhase, MinillmPhase
 from mskd.store.hashes import digest
 
+ROOT = Path(__file__).parents[2]
 # Of the demo's phases, before seqkd, gkd and distillm came: its finished nodes stay valid.
 DEMO_PHASES = "2e5951ec7bfae647795b7f18068f0bb41ccfac9da17888b018a19a0b1d1e5035"
 TREE = {
@@ -55,6 +57,12 @@ def test_a_limit_that_is_lifted_stays_lifted_through_toml(given, steps, epochs):
 def test_every_recipe_loads_and_round_trips(name):
     config = load(name)
     assert parse(tomllib.loads(to_toml(config))) == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "results").glob("*/config.toml")), ids=lambda f: f.parent.name)
+def test_the_configurations_of_older_runs_load(file):
+    config = load(file)
+    assert config.name != "config" and parse(tomllib.loads(to_toml(config))) == config
 
 
 def test_overrides_reach_every_place():

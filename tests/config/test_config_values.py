@@ -163,7 +163,7 @@ NAMES = TEXT | st.sampled_from([str(part) for place, _ in KEYS for part in place
 VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=3))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=20_000, derandomize=True, database=None)
 @given(st.data())
 def test_any_values_at_any_keys(data):
     place, more = data.draw(st.sampled_from(KEYS)), data.draw(st.lists(st.sampled_from(KEYS), max_size=2))
@@ -174,7 +174,7 @@ def test_any_values_at_any_keys(data):
     outcome(tree)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=20_000, derandomize=True, database=None)
 @given(
     st.sampled_from([".".join(map(str, place)) for place, _ in KEYS]) | TEXT,
     st.sampled_from(["=", "", " = ", "=="]),
@@ -184,7 +184,7 @@ def test_any_text_as_an_override(key, sign, value):
     outcome(base("kd"), (key + sign + value,))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=20_000, derandomize=True, database=None)
 @given(st.sampled_from([".".join(map(str, place)) for place, _ in KEYS]), st.lists(VALUE, min_size=1, max_size=3))
 def test_any_values_in_a_grid(key, values):
     outcome({**base("kd"), "grid": {key.replace("phases.", "phases.0."): values}})
