@@ -133,7 +133,7 @@ def plan(
     if recipe is not None:
         for flag, value in (("target", target), ("family", family), ("layers", layers), ("remove", remove)):
             if value is not None:
-                raise ConfigError(f"--{flag} goes with --teacher; {recipe} names its models itself")
+                raise ConfigError(f"--{flag} goes with --teacher; {shown(recipe)} names its models itself")
         config = from_recipe(recipe, teacher, None, None, data, set)
         question = planner.from_config(config)
         proposals = question.proposals()
@@ -247,7 +247,7 @@ def from_recipe(
     """A recipe names its models itself; only its data may be changed by flag."""
     for flag, value in (("--teacher", teacher), ("--via", via), ("--student", student)):
         if value not in (None, []):
-            raise ConfigError(f"{flag} goes without a recipe; with {recipe} use --set models.{flag[2:]}=...")
+            raise ConfigError(f"{flag} goes without a recipe; with {shown(recipe)} use --set models.{flag[2:]}=...")
     given = [] if data is None else [f"data.source={toml_value(data)}"]
     return load(recipe, [*given, *overrides])
 

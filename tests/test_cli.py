@@ -10,6 +10,8 @@ import mskd_kernels
 import pytest
 import torch
 from chain_setup import environment, mskd, tree, write_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mskd.cli import from_flags
 from mskd.config import hardware, load, parse, to_toml
@@ -207,6 +209,45 @@ def test_each_mistake_is_one_line_and_exit_code_2(run, rows, tiny_llama_folder, 
     assert code == 2
     assert len(err) == 1 and err[0].startswith("mskd: ") and says in err[0], err
     assert not list(tmp_path.glob("out/**/*.safetensors"))
+
+
+FLAGS = {
+    "distill": ["--teacher", "--via", "--student", "--data", "--set", "--out"],
+    "plan": ["--teacher", "--target", "--family", "--layers", "--remove", "--data", "--set", "--write", "--out"],
+    "evaluate": ["--data", "--teacher", "--set", "--out"],
+}
+VALUES = [
+    "", ".", "..", "/", "/dev/zero", "/dev/null", "~nosuchuser/x", "x" * 3000, "no/such/file.jsonl", "demo", "gpt2-xl",
+    "smollm2-135m", "124M", "0", "-1", "1e400", "9" * 400, "9" * 5000, "nan", "{", "{}", "{layers = 3}",
+    "{layers = true}", "{a = {b = 1}}", "[" * 3000, "\udcff", "é\n\x1b", "²", "--", "--x", "=", "seed=1", "seed=x",
+    "name=..", "data.test=true", "phases=1", "phases=[]", "models.x.from=1", "chain.paths=all", "grid.x=[1]",
+    "seeds=[1, 2]", "phases.kd.epochs=1e6", "phases.kd.steps=1e9", "phases.minillm.rollouts=1048576",
+    "data.max_tokens=1048576", "models.student.layers=1e4",
+]  # fmt: skip
+
+
+@st.composite
+def commands(draw):
+    name = draw(st.sampled_from(list(FLAGS)))
+    flags = st.lists(st.tuples(st.sampled_from(FLAGS[name]), st.sampled_from(VALUES) | st.text(max_size=5)), max_size=4)
+    given = [draw(st.sampled_from(["demo", "paper-gpt2", *VALUES]))] if draw(st.booleans()) else []
+    return [
+        name,
+        *(["--dry-run"] if name == "distill" else []),
+        *given,
+        *(word for pair in draw(flags) for word in pair),
+    ]
+
+
+@settings(
+    max_examples=150, deadline=20_000, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(commands())
+def test_any_arguments_are_done_or_one_line(run, monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(*arguments)
+    assert code in (0, 2) and len(err) == (1 if code else 0), (arguments, err)
 
 
 def test_the_real_command_has_no_traceback_and_one_line(tiny_llama_folder, tmp_path):
