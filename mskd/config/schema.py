@@ -31,16 +31,21 @@ from mskd.config.toml import override, plain, put
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_ASSISTANTS = 10  # of paths = "all"
-MAX_NAME = 200  # characters: a name is a folder's, or a good part of one
+MAX_NAME = 200  # characters of a run's name, which is its folder's
+MAX_MODEL_NAME = 100  # of a model's: a hop's folder has the names of two
 
 
-def _name(given: str) -> str:
-    if re.fullmatch(rf"[A-Za-z0-9._-]{{1,{MAX_NAME}}}", given) and given.strip("."):
-        return given
-    raise PydanticCustomError("name", f"a name has 1 to {MAX_NAME} letters, digits, '.', '_' and '-', not dots alone")
+def _name(most: int) -> AfterValidator:
+    def check(given: str) -> str:
+        if re.fullmatch(rf"[A-Za-z0-9._-]{{1,{most}}}", given) and given.strip("."):
+            return given
+        raise PydanticCustomError("name", f"a name has 1 to {most} letters, digits, '.', '_' and '-', not dots alone")
+
+    return AfterValidator(check)
 
 
-Name = Annotated[str, AfterValidator(_name)]
+Name = Annotated[str, _name(MAX_NAME)]
+ModelName = Annotated[str, _name(MAX_MODEL_NAME)]
 Source = Annotated[str, Field(min_length=1)]  # a file, a folder or a hub id
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
 MiB = Annotated[Whole, Field(ge=0, le=2**24)]
@@ -223,7 +228,7 @@ class Config(Frozen):
     name: Name = Field("run", description="of the run's folder; default: the file's name")
     seed: Seed = Field(0, description="every random stream derives from it")
     seeds: tuple[Seed, ...] = Field((), description="a sweep: all is done once for each; `seed` draws the test items")
-    models: dict[Name, ModelConfig] = Field(min_length=1, description="every model by its name")
+    models: dict[ModelName, ModelConfig] = Field(min_length=1, description="every model by its name")
     chain: ChainConfig
     data: DataConfig = DataConfig()
     phases: tuple[Phase, ...] = Field(min_length=1)

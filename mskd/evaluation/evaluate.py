@@ -36,6 +36,7 @@ from mskd.store.hashes import digest, stream_seed
 
 __all__ = ["evaluate", "file_name", "generate", "paired_bootstrap", "rouge_l", "summarize"]
 
+MAX_BYTES = 240  # of a file's name, of the 255 that file systems have
 ARGMAX_BYTES = 64 * 2**20  # of the logits of one chunk where only their argmax is wanted
 
 Tokens = Sequence[Sequence[int]]
@@ -116,10 +117,12 @@ def file_name(data: str, fingerprint: str, config: EvalConfig, teachers: Mapping
     """The name of the file of one evaluation: <data>-<protocol>-<8 hex digits>.jsonl.
 
     The digits cover what changes the figures: the data's fingerprint, the values of the protocol (not the batch size),
-    and the content hashes of the teachers by name. A file of that name never answers another question.
+    and the content hashes of the teachers by name. A file of that name never answers another question. A long name of
+    data is cut: a file's has at most 255 bytes, and it is written under a longer one first.
     """
     values = config.model_dump(exclude={"batch_size", "data"})
-    return f"{data}-{config.protocol}-{digest([fingerprint, values, dict(teachers or {})])[:8]}.jsonl"
+    end = f"-{config.protocol}-{digest([fingerprint, values, dict(teachers or {})])[:8]}.jsonl"
+    return data.encode(errors="replace")[: MAX_BYTES - len(end)].decode(errors="ignore") + end
 
 
 def rouge_l(answer: str, references: Sequence[str]) -> float | None:

@@ -216,6 +216,7 @@ def test_a_key_of_evaluate_is_looked_for_among_its_own():
         ("phases.0.steps=false", "phases.0.steps is false: a number is needed"),
         ("name=..", "not dots alone"),
         (f"name={'x' * 201}", "a name has 1 to 200 letters"),
+        (f"models.{'x' * 101}={{source='x'}}", "a name has 1 to 100 letters"),
         ('models.".."={source="x"}', "is '..': a name has"),
         ("phases.0.betas=[0.9, 2]", "phases.0.betas.1 is 2: input should be less than 1"),
         ("phases.lmops.rollouts=999999999998", "rollouts is 999999999998: input should be less than or equal to 1048"),

@@ -311,3 +311,7 @@ def test_file_names_tell_evaluations_apart():
     assert file_name("dolly", "f", settings(batch_size=9), {"t": "1"}) == name
     others = [("g", settings(), {"t": "1"}), ("f", settings(top_p=0.5), {"t": "1"}), ("f", settings(), {"t": "2"})]
     assert len({name, *(file_name("dolly", *other) for other in others)}) == 4
+    assert name.startswith("dolly-quick-")
+    for data in ("x" * 250, "é" * 120, "\udcff" * 250):  # as long as a file's name may be
+        long = file_name(data, "f", settings(), {"t": "1"})
+        assert len(long.encode()) in (239, 240) and long.endswith(name.removeprefix("dolly"))
