@@ -34,8 +34,8 @@ def _number(given: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
-Count = Annotated[Whole, Field(ge=1, le=MOST)]  # of steps or rows
-Sequences = Annotated[Whole, Field(ge=1, le=2**20)]  # of a batch or a round, which are lists in memory
+Count = Annotated[Whole, Field(ge=1, le=MOST)]  # of steps or rows, and of sequences at most
+Sequences = Annotated[Whole, Field(ge=1, le=2**20)]  # of a step or a round, which are lists in memory
 Tokens = Annotated[Whole, Field(ge=1, le=2**20)]  # of one sequence; more than any model has positions
 Epochs = Annotated[Real, Field(gt=0, le=1e6)]
 Share = Annotated[Real, Field(ge=0, le=1)]
@@ -62,7 +62,7 @@ class PhaseBase(Frozen):
     steps: Count | None = Field(None, description="optimizer steps; with epochs, whichever comes first; 0: no limit")
     epochs: Epochs | None = Field(None, description="passes over the training prompts; 0: no limit")
     batch_size: Sequences = Field(8, description="sequences in one optimizer step")
-    micro_batch_size: Sequences = Field(8, description="sequences at most in one forward of one process")
+    micro_batch_size: Count = Field(8, description="sequences at most in one forward of one process")
     lr: Rate = Field(1e-4, description="learning rate at its highest")
     warmup_steps: Whole = Field(0, ge=0, le=MOST, description="steps in which the learning rate rises from 0")
     schedule: Literal["constant", "cosine", "linear"] = Field("constant", description="of the learning rate after that")
@@ -107,7 +107,7 @@ class TeacherResponses(Frozen):
     temperature: Temperature = Field(1.0, description="of the sampling")
     top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
     top_k: TopK = Field(0, description="sample from so many likeliest tokens; 1: greedy, 0: off")
-    batch_size: Sequences = Field(32, description="sequences decoded together by one process")
+    batch_size: Count = Field(32, description="sequences decoded together by one process")
     data_share: Real = Field(0.0, ge=0, lt=1, description="share of the prompts that keep the data's response")
 
 
@@ -160,7 +160,7 @@ class OnPolicyPhase(PhaseBase):
     rollouts: Sequences | None = Field(
         None, description="sequences of one round, over all processes; default: batch_size, a round each step"
     )
-    rollout_batch_size: Sequences = Field(32, description="sequences decoded together by one process")
+    rollout_batch_size: Count = Field(32, description="sequences decoded together by one process")
     max_new_tokens: Tokens = Field(256, description="of a sampled response")
     top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
     top_k: TopK = Field(0, description="sample from so many likeliest tokens; 0: off")

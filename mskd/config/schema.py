@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from mskd.config.phases import MOST, PRESETS, Count, Frozen, Phase, Real, Sequences, Temperature, Tokens, TopP, Whole
+from mskd.config.phases import MOST, PRESETS, Count, Frozen, Phase, Real, Temperature, Tokens, TopP, Whole
 from mskd.config.problems import ConfigError, describe, listed, local_path, nearest, read_toml, shown
 from mskd.config.toml import override, plain, put
 
@@ -184,7 +184,7 @@ class EvalConfig(Frozen):
     temperature: Temperature = Field(1.0, description="of the sampling")
     top_p: TopP = Field(1.0, description="sample from the likeliest tokens that have this probability together")
     no_repeat_ngram_size: Whole = Field(ge=0, le=MOST, description="no so many tokens twice in an answer; 0: off")
-    batch_size: Sequences = Field(16, description="items answered together")
+    batch_size: Count = Field(16, description="items answered together")
     limit: Count | None = Field(None, description="test items used at most")
     data: tuple[Source, ...] = Field((), description="further data sets, files or hub ids, for every finished model")
 

@@ -110,7 +110,7 @@ def test_a_recipe_without_changes_stays_what_it_is(name):
         ({"models": {f"m{i}": {"source": "x"} for i in range(30)}}, "not 28; n of them make 2^n paths"),
         ({"models": {}}, "models"),
         ({"seeds": [1, 1]}, "different numbers"),
-        ({"seeds": [-1]}, "at least 0"),
+        ({"seeds": [-1]}, "seeds.0 is -1: input should be greater than or equal to 0"),
         ({"seeds": 3}, "seeds is 3: input should be a list"),
         ({"grid": {"phases.kd.lr": []}}, "grid.'phases.kd.lr' is empty"),
         ({"grid": {"phases.kd.lr": 1}}, "input should be a list"),
