@@ -1,8 +1,9 @@
 """Chunks of tokens through lm_heads and the row op: the mechanism of every linear op. No [N, V] tensor exists.
 
-A part of the tokens at a time: its raw logits by vendor GEMMs in the hidden states' dtype (float32 outputs on CUDA,
-where torch offers them, since rounding logits to 16 bits costs several percent of the gradient), the row op on them,
-the gradient in the logits in their place, two GEMMs from there. All buffers are made once. Where logits are wider than
+A part of the tokens at a time: its raw logits by vendor GEMMs in the hidden states' dtype, the row op on them, the
+gradient in the logits in their place, two GEMMs from there. All buffers are made once. Logits are never rounded to 16
+bits, which costs several percent of the gradient, and most of it where the sides are close: of 16-bit hidden states
+CUDA's GEMMs write float32, elsewhere states and weight are cast to float32 first. Where logits are wider than
 the hidden states their gradient has a buffer of its own, in the hidden states' dtype and for more tokens than one part
 (a group): the gradient of the weight, [V, H] in float32, is then read and written once a group.
 
@@ -67,9 +68,9 @@ class Heads:
         self.buffers: dict[str, Tensor] = {}
 
     def _prepare(self, head: Head) -> Head:
-        dtype = head.hidden.dtype
+        dtype = _gemm_dtype(head.hidden)
         bias = None if head.bias is None else head.bias[: self.vocabulary].to(dtype)
-        return Head(self.gather(head.hidden), head.weight[: self.vocabulary].to(dtype), bias)
+        return Head(self.gather(head.hidden).to(dtype), head.weight[: self.vocabulary].to(dtype), bias)
 
     def gather(self, x: Tensor) -> Tensor:
         """One entry a token -> those of the valid tokens."""
@@ -282,6 +283,11 @@ def _equal(tokens: int, most: int) -> int:
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _gemm_dtype(x: Tensor) -> torch.dtype:
+    """Of a GEMM's inputs, for hidden states x: float32 for 16 bits where no GEMM of theirs writes float32."""
+    return torch.float32 if not x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) else x.dtype
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
