@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mskd_kernels import _rows
 from mskd_kernels._inputs import accumulate_dtype
-from mskd_kernels._row_op import COLUMNS, Coefficients, Objective, Policy, RowOp, evaluate
+from mskd_kernels._row_op import COLUMNS, Coefficients, Objective, RowOp, evaluate
 
 _MOST_TOKENS = 4096
 _MOST_TOKENS_CPU = 256  # beyond, GEMMs gain nothing and memory traffic grows
@@ -184,13 +184,12 @@ def head_loss(
     the division if it lies on a GPU, where looking at it would synchronise.
     """
     stats, losses, clipped = heads.new(COLUMNS), heads.new(), heads.new(dtype=torch.bool)
-    if objective.policy is not None:
-        objective = objective._replace(policy=_select(objective.policy, heads.gather))
+    objective = objective.each(heads.gather)
     sums = _GradientSums(heads, wanted, 1 / float(divisor) if divisor is not None and _on_host(divisor) else 1.0)
     with _no_autocast(stats):
         for group in heads.groups():
             for part in heads.parts(group):
-                out = _loss_of(heads, _part_of(objective, part), group, part, any(wanted))
+                out = _loss_of(heads, objective.at(part), group, part, any(wanted))
                 stats[part], losses[part], clipped[part] = out
             if any(wanted):
                 sums.add(group)
@@ -208,16 +207,6 @@ def _loss_of(
     stats = _rows.statistics(heads.op, s, t, tokens)
     losses, clipped, _ = evaluate(objective, stats)
     return stats, losses, clipped
-
-
-def _part_of(objective: Objective, part: slice) -> Objective:
-    policy = objective.policy
-    return objective if policy is None else objective._replace(policy=_select(policy, lambda x: x[part]))
-
-
-def _select(policy: Policy, select: Any) -> Policy:
-    names = ("old_logprobs", "advantages", "importance_weights")
-    return policy._replace(**{name: select(getattr(policy, name)) for name in names})
 
 
 class _GradientSums:

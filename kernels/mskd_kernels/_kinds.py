@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mskd_kernels._inputs import number
 from mskd_kernels._row_op import Divergence
 
 try:
@@ -219,10 +220,9 @@ def resolve_kind(kind: str, beta: float | None = None) -> Divergence:
     if row.beta is None:
         having = ", ".join(name for name, other in DIVERGENCES.items() if other.beta is not None)
         raise ValueError(f"kind={kind!r} takes no beta, got {beta}; those that do: {having}")
-    if not isinstance(beta, int | float):
-        raise ValueError(f"beta must be a plain number, got {type(beta).__name__}")
-    if not (0 < beta < 1 or (beta == 0 and row.at_zero)):
+    share = number("beta", beta)
+    if not (0 < share < 1 or (share == 0 and row.at_zero)):
         lowest = "0 <=" if row.at_zero else "0 <"
-        ends = "" if row.at_zero else "; the ends are kind='forward_kl' (from 0) and 'reverse_kl' (from 1)"
+        ends = "" if row.at_zero else "; the ends are kind='forward_kl' (what GKD means by 0) and 'reverse_kl' (by 1)"
         raise ValueError(f"kind={kind!r} takes a number {lowest} beta < 1, got {beta}{ends}")
-    return DIVERGENCES[row.at_zero] if beta == 0 and row.at_zero else row._replace(beta=float(beta))
+    return DIVERGENCES[row.at_zero] if share == 0 and row.at_zero else row._replace(beta=share)

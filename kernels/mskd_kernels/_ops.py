@@ -122,14 +122,14 @@ _OBJECTIVE = (
     "float value, float nll, Tensor? old_logprobs, Tensor? advantages, Tensor? importance_weights, float clip, "
     "bool weight_single_step, bool clip_weighted_ratio"
 )
-_DIVISOR = "Tensor? divisor"
+_DIVISOR = "Tensor? divisor, Tensor? weights"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
 _NO_POLICY = (None, None, None, 0.0, False, False)
 _STATISTICS = "(Tensor value, Tensor logprob, Tensor teacher_logprob, Tensor entropy, Tensor statistics)"
 
 
 class _Loss(NamedTuple):
-    """An Objective and its divisor, in the terms of a schema."""
+    """An Objective with its divisor and weights, in the terms of a schema."""
 
     value: float
     nll: float
@@ -140,15 +140,17 @@ class _Loss(NamedTuple):
     weight_single_step: bool
     clip_weighted_ratio: bool
     divisor: Tensor | None
+    weights: Tensor | None
 
     @classmethod
     def of(cls, objective: Objective, divisor: Tensor | None) -> "_Loss":
         policy = _NO_POLICY if objective.policy is None else objective.policy
-        return cls._make((*objective[:2], *policy, divisor))
+        return cls._make((*objective[:2], *policy, divisor, objective.weights))
 
     def objective(self) -> Objective:
         constants: Any = self[2:8]
-        return Objective(self.value, self.nll, None if self.old_logprobs is None else Policy(*constants))
+        policy = None if self.old_logprobs is None else Policy(*constants)
+        return Objective(self.value, self.nll, policy, weights=self.weights)
 
 
 def _split(args: Any, tensors: Any) -> Any:

@@ -91,22 +91,28 @@ class Objective(NamedTuple):
 
     With A the advantage, r = q(y) / q_old(y), w the importance weight and c(.) the clamp to [1 - clip, 1 + clip] that
     term is max(-A w r, -A c(w r)) with clip_weighted_ratio, else w max(-A r, -A c(r)) (MiniLLM, Gu et al. 2024).
+    All of it times the token's weight, where there are weights: one of 0 makes 0 of +inf too.
     """
 
     value: float = 1.0
     nll: float = 0.0
     policy: Policy | None = None
     divisor: Tensor | None = None  # [] in the dtype of the statistics, any device: of the gradient, not of the losses
+    weights: Tensor | None = None  # [N] in the dtype of the statistics
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Objective":
+        """The same with what it holds of every token passed through a function."""
+        policy = self.policy
+        if policy is not None:
+            old_logprobs, advantages, importance_weights = (function(x) for x in policy[:3])
+            policy = policy._replace(
+                old_logprobs=old_logprobs, advantages=advantages, importance_weights=importance_weights
+            )
+        return self._replace(policy=policy, weights=None if self.weights is None else function(self.weights))
 
     def at(self, rows: slice | Tensor) -> "Objective":
         """The same for some tokens."""
-        if self.policy is None:
-            return self
-        old_logprobs, advantages, importance_weights = (x[rows] for x in self.policy[:3])
-        policy = self.policy._replace(
-            old_logprobs=old_logprobs, advantages=advantages, importance_weights=importance_weights
-        )
-        return self._replace(policy=policy)
+        return self.each(lambda x: x[rows])
 
 
 def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coefficients]:
@@ -126,6 +132,9 @@ def evaluate(objective: Objective, stats: Tensor) -> tuple[Tensor, Tensor, Coeff
     if value_slope is not None:
         losses = losses + value_slope * stats[:, VALUE]
     slopes = Coefficients(value_slope, logprob_slope)
+    if (weights := objective.weights) is not None:
+        losses = (losses * weights).masked_fill(weights == 0, 0.0)
+        slopes = Coefficients(*(None if c is None else c * weights for c in slopes))
     if objective.divisor is not None:
         slopes = Coefficients(*(None if c is None else c / objective.divisor for c in slopes))
     return losses, clipped, slopes

@@ -64,7 +64,8 @@ def fused(
     `out` [N, V] may be `s` itself. Rows that are not live have zeros everywhere. The same as `in_steps`, in one go
     where that can be.
     """
-    way = _way(op, s, t, ("fused", "split", "torch")) if s.shape[0] else "split"
+    ways = ("split", "torch") if objective.weights is not None else ("fused", "split", "torch")  # it knows no weights
+    way = _way(op, s, t, ways) if s.shape[0] else "split"
     if way == "split":
         return in_steps(replace(op, backend="triton"), s, t, tokens, objective, out, live)
     return _path(way).fused(op, s, t, tokens, objective, out, live)

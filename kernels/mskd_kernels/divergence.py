@@ -21,24 +21,28 @@ def divergence_reference(
     beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """`divergence` in plain torch with autograd: the formula, and the truth of the tests."""
-    lq, lp = reference_logprobs(student_logits, teacher_logits, mask, temperature)
+    counts = _inputs.counted(mask, student_logits, labels, ignore_index)
+    lq, lp = reference_logprobs(student_logits, teacher_logits, counts, temperature)
     values = reference_values(lq, lp, kind, beta)
-    return reduce(values, mask, reduction, denominator)
+    return reduce(values, counts, reduction, denominator, weights)
 
 
 def reference_logprobs(
     student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [..., V] of both sides on their common vocabulary; masked tokens: a uniform distribution."""
+    """Log-probabilities [..., V] of both sides on their common vocabulary; where mask (bool) is not: uniform."""
     vocabulary = min(student.shape[-1], teacher.shape[-1])
     dtype = _inputs.accumulate_dtype(student, teacher)
     s, t = student[..., :vocabulary].to(dtype), teacher[..., :vocabulary].to(dtype)
     if mask is not None:
-        s, t = (x.masked_fill(~(mask != 0)[..., None], 0.0) for x in (s, t))
+        s, t = (x.masked_fill(~mask[..., None], 0.0) for x in (s, t))
     lq, lp = ((x / temperature).log_softmax(-1) for x in (s, t))
     return lq.masked_fill(s == -torch.inf, -torch.inf), lp.masked_fill(t == -torch.inf, -torch.inf)
 
@@ -58,14 +62,29 @@ def reference_values(lq: Tensor, lp: Tensor, kind: str, beta: float | None = Non
     return values.masked_fill(infinite, torch.inf).masked_fill(nowhere, torch.nan)
 
 
-def reduce(values: Tensor, mask: Tensor | None, reduction: str, denominator: float | Tensor | None) -> Tensor:
-    """Per-token values [...] -> themselves with 0 where masked, their sum, or their sum over `denominator`."""
+def reduce(
+    values: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Per-token values [...] times weights [...], 0 where mask (bool) is not; their sum; or it over `denominator`."""
     if mask is not None:
-        values = values.masked_fill(mask.to(values.device) == 0, 0.0)
+        mask = mask.to(values.device)
+        values = values.masked_fill(~mask, 0.0)
+    if weights is not None:
+        flat = None if mask is None else mask.reshape(-1)
+        known = _inputs.flat_weights(weights, flat, values.shape, values.device, values.dtype)
+        assert known is not None
+        weights = known.reshape(values.shape)
+        values = (values * weights).masked_fill(weights == 0, 0.0)
     if reduction == "none":
         return values
     total = values.sum()
-    return total if reduction == "sum" else total / _inputs.count(mask, values.numel(), denominator, total)
+    if reduction == "sum":
+        return total
+    return total / _inputs.count(mask, values.numel(), denominator, total, weights)
 
 
 def divergence(
@@ -76,6 +95,9 @@ def divergence(
     beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
     gradient: str | None = None,
@@ -83,30 +105,36 @@ def divergence(
 ) -> Tensor:
     """Divergence of student and teacher, differentiable in the student's logits.
 
-    student_logits [..., Vs], teacher_logits [..., Vt] (float16 to float64, dtypes may differ); compared on the common
-    min(Vs, Vt) columns, the student's padding columns get zero gradient. mask [...]: 1 = counts; masked tokens are 0
-    whatever their logits hold. kind: a row of DIVERGENCES, "reverse_kl" = KL(student || teacher); beta: the number of
-    jsd, skew_kl and skew_reverse_kl, None for their defaults (0.5, 0.1, 0.1). reduction: "none" -> [...], "sum", or
-    "mean" (over `denominator`, default the valid tokens). gradient: "forward" makes it with the loss, a scalar, and
-    backward scales it; "recompute" makes it in backward; None: forward for scalars, recompute for "none" and for
-    float16 (in forward such a gradient is kept in float32, since what backward brings is not known yet). No factor
-    T^2. -inf is a mass of 0: a KL whose second side alone has none is +inf, with a gradient of 0; the other
-    kinds stay finite. Returns nats (tvd: a share of the mass), float64 for float64 inputs, else float32. Raises
-    ValueError.
+    student_logits [..., Vs], teacher_logits [..., Vt] (float16 to float64, dtypes may differ; log-probabilities are
+    logits too, probabilities are not); compared on the common min(Vs, Vt) columns, the student's padding columns get
+    zero gradient. kind: a row of DIVERGENCES, "reverse_kl" = KL(student || teacher); beta: the number of jsd, skew_kl
+    and skew_reverse_kl, None for their defaults (0.5, 0.1, 0.1).
+
+    What counts: mask [...] of 0 and 1 (1 = counts); labels [...] int, of which those equal to ignore_index do not.
+    A label stands beside the logits that predict it: labels[:, 1:] beside logits[:, :-1]. Tokens that do not count are
+    0 whatever their logits hold. weights [...] float, at least 0, constants: each value is multiplied by its own.
+
+    reduction: "none" -> [...], "sum", or "mean" (over `denominator`, default the sum of the weights, which without any
+    is the number of tokens that count). gradient: "forward" makes it with the loss (scalars), "recompute" in backward;
+    None is "forward" for scalars, but "recompute" for float16. There is no factor T^2. -inf is a mass of 0: a KL whose
+    second side alone has none is +inf, with a gradient of 0; the other kinds stay finite (a teacher that is known in
+    its likeliest tokens only: `sparse_divergence`). Returns nats (tvd: a share of the mass), float64 for float64
+    inputs, else float32. Raises ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
-    row = resolve_kind(kind, beta)
-    _inputs.check_settings(temperature, reduction)
-    flat = _inputs.flat_mask(mask, shape, student_logits.device)
-    settings = Settings(row.name, row.beta, check_backend(backend, student_logits.device), temperature, False)
+    row, device = resolve_kind(kind, beta), student_logits.device
+    temperature = _inputs.check_settings(temperature, reduction)
+    flat = _inputs.flat_mask(mask, shape, device, labels=labels, ignore_index=ignore_index)
+    settings = Settings(row.name, row.beta, check_backend(backend, device), temperature, False)
     rows = Rows.of(student_logits, teacher_logits, None, flat)
     if _inputs.logits_in_forward(gradient, reduction, student_logits):
-        mean = reduction == "mean"
         dtype = _inputs.accumulate_dtype(student_logits, teacher_logits)
-        divisor = _inputs.divisor(flat, rows.student.shape[0], denominator, dtype) if mean else None
-        return logits_loss(rows, settings, Objective(), divisor)[0]
-    values = logits_fields(rows, settings).value
-    return reduce(values.reshape(shape), mask, reduction, denominator)
+        known = _inputs.flat_weights(weights, flat, shape, device, dtype)
+        mean, count = reduction == "mean", rows.student.shape[0]
+        divisor = _inputs.divisor(flat, count, denominator, dtype, known) if mean else None
+        return logits_loss(rows, settings, Objective(weights=known), divisor)[0]
+    values = logits_fields(rows, settings).value.reshape(shape)
+    return reduce(values, None if flat is None else flat.reshape(shape), reduction, denominator, weights)
 
 
 def reverse_kl_reference(student_logits: Tensor, teacher_logits: Tensor, **settings) -> Tensor:
@@ -120,6 +148,9 @@ def reverse_kl(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
     gradient: str | None = None,
@@ -132,6 +163,9 @@ def reverse_kl(
         "reverse_kl",
         temperature=temperature,
         mask=mask,
+        labels=labels,
+        ignore_index=ignore_index,
+        weights=weights,
         reduction=reduction,
         denominator=denominator,
         gradient=gradient,

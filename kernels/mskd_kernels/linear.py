@@ -11,13 +11,16 @@ when the gradient is made:
 Both give the same gradient; recompute keeps no gradient between forward and backward. Masked tokens enter nothing.
 
 A mask on a GPU costs one synchronisation (the number of valid tokens sizes the GEMMs): gather the hidden states
-yourself, or pass the mask on the CPU, to have none.
+yourself, or pass the mask on the CPU, to have none. Labels on a GPU are such a mask.
+
+A weight may be given as the lm_head itself, an nn.Linear, whose bias comes along; any other module is refused by name,
+since an adapter, a hook or a quantisation would be left out unseen.
 """
 
 from typing import Any, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mskd_kernels import _inputs
 from mskd_kernels._backend import check_backend
@@ -45,6 +48,9 @@ class ReferenceSettings(TwoHeads, total=False):
 
     temperature: float
     mask: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    weights: Tensor | None
     reduction: str
     denominator: float | Tensor | None
 
@@ -69,47 +75,57 @@ def project_reference(
 
 def linear_divergence_reference(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     kind: str = "reverse_kl",
     *,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
     **settings: Any,
 ) -> Tensor:
     """`linear_divergence` in plain torch, all logits at once; the keywords of TwoHeads and of `divergence`."""
-    logits, rest = two_logits((student_hidden, student_weight), (teacher_hidden, teacher_weight), mask, settings)
-    return divergence_reference(*logits, kind, mask=mask, **rest)
+    counts = _inputs.counted(mask, student_hidden, labels, ignore_index)
+    logits, rest = two_logits((student_hidden, student_weight), (teacher_hidden, teacher_weight), counts, settings)
+    return divergence_reference(*logits, kind, mask=counts, **rest)
 
 
 def two_logits(
-    student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], mask: Tensor | None, settings: dict[str, Any]
+    student: tuple[Tensor, Tensor | nn.Linear],
+    teacher: tuple[Tensor, Tensor | nn.Linear],
+    mask: Tensor | None,
+    settings: dict[str, Any],
 ) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
     """Logits of both sides in plain torch, and the settings that are not of a head."""
     rest = dict(settings)
 
-    def project(side: str, hidden: Tensor, weight: Tensor) -> Tensor:
-        own = {k: rest.pop(f"{side}_{k}") for k in ("bias", "logit_scale", "softcap") if f"{side}_{k}" in rest}
-        return project_reference(drop_masked(mask, hidden), weight, **own)
+    def project(side: str, hidden: Tensor, weight: Tensor | nn.Linear) -> Tensor:
+        own = {k: rest.pop(f"{side}_{k}") for k in ("logit_scale", "softcap") if f"{side}_{k}" in rest}
+        head = head_of(f"{side}_", drop_masked(mask, hidden), weight, rest.pop(f"{side}_bias", None))
+        return project_reference(*head, **own)
 
     return (project("student", *student), project("teacher", *teacher)), rest
 
 
 def drop_masked(mask: Tensor | None, hidden: Tensor) -> Tensor:
-    """Zeros in place of masked hidden states: NaN times a gradient of 0 would reach the weight."""
-    return hidden if mask is None else hidden.masked_fill((mask == 0)[..., None], 0.0)
+    """Zeros in place of hidden states where mask (bool) is not: NaN times a gradient of 0 would reach the weight."""
+    return hidden if mask is None else hidden.masked_fill(~mask[..., None], 0.0)
 
 
 def linear_divergence(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     kind: str = "reverse_kl",
     *,
     beta: float | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    weights: Tensor | None = None,
     reduction: str = "none",
     denominator: float | Tensor | None = None,
     student_bias: Tensor | None = None,
@@ -125,31 +141,33 @@ def linear_divergence(
     """`divergence` from hidden states; gradients to the student's hidden states, weight and bias.
 
     student_hidden [..., Hs], student_weight [Vs, Hs], student_bias [Vs], teacher_hidden [..., Ht], teacher_weight
-    [Vt, Ht], teacher_bias [Vt]; compared on the first min(Vs, Vt) rows. A weight may be wider than its hidden states
-    (float32 beside 16-bit): the GEMM runs in the hidden states' dtype, the weight's gradient is summed in float32.
+    [Vt, Ht], teacher_bias [Vt]; compared on the first min(Vs, Vt) rows. A weight may be the lm_head itself, a plain
+    nn.Linear. It may be wider than its hidden states (float32 beside 16-bit): on CUDA the GEMM runs in the hidden
+    states' dtype, elsewhere in float32; the weight's gradient is summed in float32.
     gradient: "forward", "recompute" or None (top of this file). chunk_bytes: None is 256 MiB on a CPU, 1 GiB else.
     The rest as `divergence`.
     """
     row = resolve_kind(kind, beta)
-    student = Head(student_hidden, student_weight, student_bias)
-    batch, shape = batch_of(student, Head(teacher_hidden, teacher_weight, teacher_bias), mask=mask)
-    _inputs.check_settings(temperature, reduction)
+    student = head_of("student_", student_hidden, student_weight, student_bias)
+    teacher = head_of("teacher_", teacher_hidden, teacher_weight, teacher_bias)
+    batch, shape = batch_of(student, teacher, mask=mask, labels=labels, ignore_index=ignore_index)
+    temperature = _inputs.check_settings(temperature, reduction)
     sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
     device = student_hidden.device
     settings = Settings(row.name, row.beta, check_backend(backend, device), temperature, False, *sides)
     budget = chunk_budget(chunk_bytes, device)
     if not _inputs.made_in_forward(gradient, reduction):
-        values = hidden_fields(batch, settings, budget).value
-        return reduce(values.reshape(shape), mask, reduction, denominator)
-    divisor = None if reduction == "sum" else divisor_of(batch, denominator)
-    return hidden_loss(batch, settings, budget, Objective(), divisor)[0]
+        return reduced(hidden_fields(batch, settings, budget).value, batch, shape, reduction, denominator, weights)
+    known = weights_of(batch, weights, shape)
+    divisor = None if reduction == "sum" else divisor_of(batch, denominator, known)
+    return hidden_loss(batch, settings, budget, Objective(weights=known), divisor)[0]
 
 
 def linear_reverse_kl_reference(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     **settings: Unpack[ReferenceSettings],
 ) -> Tensor:
     """`linear_reverse_kl` in plain torch."""
@@ -158,9 +176,9 @@ def linear_reverse_kl_reference(
 
 def linear_reverse_kl(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     **settings: Unpack[LinearSettings],
 ) -> Tensor:
     """KL(student || teacher) from hidden states: `linear_divergence` with kind="reverse_kl", same keyword arguments."""
@@ -169,9 +187,9 @@ def linear_reverse_kl(
 
 def linear_minillm_loss_reference(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     tokens: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -181,15 +199,16 @@ def linear_minillm_loss_reference(
     **settings: Any,
 ) -> MiniLLMLoss:
     """`linear_minillm_loss` in plain torch, all logits at once; the keywords of TwoHeads and of `minillm_loss`."""
+    mask = _inputs.counted(mask, student_hidden)
     logits, rest = two_logits((student_hidden, student_weight), (teacher_hidden, teacher_weight), mask, settings)
     return minillm_loss_reference(*logits, tokens, old_logprobs, advantages, importance_weights, mask=mask, **rest)
 
 
 def linear_minillm_loss(
     student_hidden: Tensor,
-    student_weight: Tensor,
+    student_weight: Tensor | nn.Linear,
     teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_weight: Tensor | nn.Linear,
     tokens: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -215,10 +234,10 @@ def linear_minillm_loss(
 
     Made in forward (the default), the gradient of `loss` exists when this returns; backward scales it.
     """
-    student = Head(student_hidden, student_weight, student_bias)
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias)
+    student = head_of("student_", student_hidden, student_weight, student_bias)
+    teacher = head_of("teacher_", teacher_hidden, teacher_weight, teacher_bias)
     batch, shape = batch_of(student, teacher, tokens, mask)
-    _inputs.check_settings(temperature)
+    temperature = _inputs.check_settings(temperature)
     sides = check_sides((student_logit_scale, student_softcap), (teacher_logit_scale, teacher_softcap))
     device = student_hidden.device
     policy = policy_of(
@@ -247,12 +266,22 @@ def linear_minillm_loss(
 # What every op from hidden states begins with ------------------------------------------------------------------------
 
 
+def head_of(side: str, hidden: Tensor, weight: Tensor | nn.Module, bias: Tensor | None) -> Head:
+    """A side as given, its weight as a tensor or as the lm_head itself; `side` is the prefix of the names."""
+    return Head(*_inputs.plain_head(side, hidden, weight, bias))
+
+
 def batch_of(
-    student: Head, teacher: Head | None = None, tokens: Tensor | None = None, mask: Tensor | None = None
+    student: Head,
+    teacher: Head | None = None,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int | None = -100,
 ) -> tuple[Batch, torch.Size]:
-    """Checks heads, tokens and mask, and flattens them; also the leading shape. A mask on the CPU stays there."""
+    """Checks heads, tokens and what counts, and flattens them; also the leading shape. A mask on the CPU stays."""
     shape, device = check_heads(student, teacher)
-    flat = _inputs.flat_mask(mask, shape, device, host=True)
+    flat = _inputs.flat_mask(mask, shape, device, labels=labels, ignore_index=ignore_index, host=True)
     vocabulary = min(x.weight.shape[0] for x in (student, teacher) if x is not None)
     token = None if tokens is None else _inputs.flat_tokens(tokens, flat, vocabulary, shape, device)
     batch = Batch(_rows_of(student.hidden), student.weight, student.bias, tokens=token, mask=flat)
@@ -281,9 +310,7 @@ def check_sides(
     student: tuple[float, float | None], teacher: tuple[float, float | None]
 ) -> tuple[float, float | None, float, float | None]:
     """Checks scale and soft-cap of both sides; returns them flat."""
-    _inputs.check_side("student_", *student)
-    _inputs.check_side("teacher_", *teacher)
-    return *student, *teacher
+    return *_inputs.check_side("student_", *student), *_inputs.check_side("teacher_", *teacher)
 
 
 def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
@@ -294,8 +321,26 @@ def chunk_budget(chunk_bytes: int | None, device: torch.device) -> int:
     return chunk_bytes
 
 
-def divisor_of(batch: Batch, denominator: float | Tensor | None) -> Tensor:
-    return _inputs.divisor(batch.mask, batch.hidden.shape[0], denominator, batch.dtype())
+def divisor_of(batch: Batch, denominator: float | Tensor | None, weights: Tensor | None = None) -> Tensor:
+    return _inputs.divisor(batch.mask, batch.hidden.shape[0], denominator, batch.dtype(), weights)
+
+
+def weights_of(batch: Batch, weights: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The weights [...] of the tokens, flattened to [N]."""
+    return _inputs.flat_weights(weights, batch.mask, shape, batch.hidden.device, batch.dtype())
+
+
+def reduced(
+    values: Tensor,
+    batch: Batch,
+    shape: torch.Size,
+    reduction: str,
+    denominator: float | Tensor | None,
+    weights: Tensor | None,
+) -> Tensor:
+    """Values [N] of a batch in their leading shape, weighted, summed or averaged."""
+    mask = None if batch.mask is None else batch.mask.reshape(shape)
+    return reduce(values.reshape(shape), mask, reduction, denominator, weights)
 
 
 def _rows_of(hidden: Tensor) -> Tensor:

@@ -61,11 +61,11 @@ def policy_of(
     clip_weighted_ratio: bool,
 ) -> Policy:
     """Checks and flattens the constants of the loss."""
-    if not 0 <= clip < float("inf"):
+    if not 0 <= _inputs.number("clip", clip) < float("inf"):
         raise ValueError(f"clip must be at least 0 and finite, got {clip}")
     named = {"old_logprobs": old_logprobs, "advantages": advantages, "importance_weights": importance_weights}
     old, a, w = (_inputs.constant(name, x, shape, device, dtype) for name, x in named.items())
-    return Policy(old, a, w, clip, weight_single_step, clip_weighted_ratio)
+    return Policy(old, a, w, float(clip), weight_single_step, clip_weighted_ratio)
 
 
 def masked(values: tuple[Tensor, Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,8 +90,9 @@ def minillm_loss_reference(
     denominator: float | Tensor | None = None,
 ) -> MiniLLMLoss:
     """`minillm_loss` in plain torch with autograd."""
+    mask = _inputs.counted(mask, student_logits)
     lq, lp = reference_logprobs(student_logits, teacher_logits, mask, temperature)
-    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+    valid = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     index = tokens.long().masked_fill(~valid, 0)[..., None]
     value = reference_values(lq, lp, "reverse_kl")
     logprobs, teacher_logprobs = lq.gather(-1, index)[..., 0], lp.gather(-1, index)[..., 0]
@@ -132,7 +133,7 @@ def minillm_loss(
     tokens. A token whose reverse KL is +inf gets a gradient of 0. Raises ValueError.
     """
     shape = _inputs.check_logits(student_logits, teacher_logits)
-    _inputs.check_settings(temperature)
+    temperature = _inputs.check_settings(temperature)
     device, dtype = student_logits.device, _inputs.accumulate_dtype(student_logits, teacher_logits)
     flat = _inputs.flat_mask(mask, shape, device)
     vocabulary = min(student_logits.shape[-1], teacher_logits.shape[-1])

@@ -73,10 +73,18 @@ def op_calls():
             _ops.hidden_gradient,
             (*detached, *SCALED, 4000, stats, *upstream, True, False, True),
         ),
-        "row_loss": (_ops.row_loss, (s, t, TOKENS, MASK, *SCALED, *policy, torch.tensor(7.0))),
-        "row_loss, float16": (_ops.row_loss, (s.detach().half().requires_grad_(), t, None, None, *PLAIN, *value, None)),
-        "head_loss": (_ops.summed_loss, (*batch, *SCALED, *policy, torch.tensor(7.0), 4000, True, True, True)),
-        "head_loss, alone": (_ops.summed_loss, (*alone, *ALONE, *none, None, 4000, True, True, False)),
+        "row_loss": (_ops.row_loss, (s, t, TOKENS, MASK, *SCALED, *policy, torch.tensor(7.0), None)),
+        "row_loss, float16": (
+            _ops.row_loss,
+            (s.detach().half().requires_grad_(), t, None, None, *PLAIN, *value, None, None),
+        ),
+        "row_loss, weights": (_ops.row_loss, (s, t, None, MASK, *PLAIN, *value, torch.tensor(7.0), torch.rand(N))),
+        "head_loss, weights": (
+            _ops.summed_loss,
+            (*batch, *PLAIN, *value, torch.tensor(7.0), torch.rand(N), 4000, True, True, True),
+        ),
+        "head_loss": (_ops.summed_loss, (*batch, *SCALED, *policy, torch.tensor(7.0), None, 4000, True, True, True)),
+        "head_loss, alone": (_ops.summed_loss, (*alone, *ALONE, *none, None, None, 4000, True, True, False)),
     }
 
 

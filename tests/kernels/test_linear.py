@@ -226,7 +226,7 @@ def test_leading_dimensions_and_host_mask(device):
     mask = torch.arange(24).view(4, 6) % 5 != 0
     args = [x.view(4, 6, -1) if i % 2 == 0 else x for i, x in enumerate(args)]
     plain = linear_divergence_reference(*args, **settings, mask=mask.to(device))
-    for m in (mask, mask.to(device), mask.to(device).float()):
+    for m in (mask, mask.float(), mask.to(device), mask.to(device).long()):
         ours = linear_divergence(*args, **settings, mask=m)
         torch.testing.assert_close(ours, plain)
         mean = linear_divergence(*args, **settings, mask=m, reduction="mean")
@@ -253,7 +253,7 @@ def test_no_tensor_of_tokens_by_vocabulary_and_only_valid_tokens_in_gemms(device
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_no_tokens_and_all_masked(device, name):
-    for n, mask in ((0, None), (3, torch.zeros(3, device=device))):
+    for n, mask in ((0, None), (3, torch.zeros(3, dtype=torch.bool, device=device))):
         leaves, args, settings = heads(n, device=device)
         with torch.no_grad():
             leaves[0].fill_(torch.nan)

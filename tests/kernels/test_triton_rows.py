@@ -57,7 +57,9 @@ def test_the_fused_loss_is_that_of_evaluate(monkeypatch, device, settings):
     policy = policy._replace(weight_single_step=settings[0], clip_weighted_ratio=settings[1])
     s[2], t[3, 5] = torch.nan, -torch.inf  # a value of NaN, one of +inf
     divisor = torch.tensor(3.0, dtype=torch.float64, device=device)
-    for objective in (Objective(0.5, 0.0, policy, divisor), Objective(0.0, 1.0, None)):
+    weights = torch.tensor([2.0, 0.5, 1.0, 0.0], dtype=torch.float64, device=device)  # which it leaves to others
+    objectives = Objective(0.5, 0.0, policy, divisor), Objective(0.0, 1.0), Objective(1.0, 0.5, None, divisor, weights)
+    for objective in objectives:
         op = RowOp(DIVERGENCES["reverse_kl"], "triton", entropy=True)
         plain = everything(op, s, t, objective, tokens)
         with monkeypatch.context() as patch:
