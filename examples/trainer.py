@@ -4,8 +4,10 @@
     python examples/trainer.py --teacher BIG --student SMALL  # folders of any family that mskd knows
     torchrun --nproc-per-node 2 examples/trainer.py           # several processes: the same gradients
 
-Labels are transformers' own: token ids, -100 where nothing counts. Gradient accumulation, mixed precision, logging and
-saving are the Trainer's. With models of yours, give your dataset in place of `random_texts`.
+Labels are transformers' own: token ids, -100 where nothing counts. Gradient accumulation, mixed precision, logging,
+saving and torch.compile are the Trainer's. Rows may come with an attention_mask or without one, or packed, with
+position_ids (DataCollatorWithFlattening). The student may be a PEFT model whose adapters leave the lm_head alone. With
+models of yours, give your dataset in place of `random_texts`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from mskd_kernels import linear_divergence
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, PreTrainedModel, Trainer, TrainingArguments
 
-from mskd.models import backbone, head_of, load_model
+from mskd.models import Head, decoder_of, family_of, head_of, load_model
 
 
 class DistillationTrainer(Trainer):
@@ -34,11 +36,13 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")
-        # The last hidden state is what the lm_head takes; of the logits one position is made, and not used.
-        outputs = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+        check_packed(inputs, self.teacher)
+        # Called through its wrappers, or processes would not share gradients. The last hidden state is what the lm_head
+        # takes; of the logits one position is made, and not used. With a cache packed sequences would see each other.
+        outputs = model(**inputs, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         with torch.no_grad():
-            teacher_hidden, _ = backbone(self.teacher, inputs["input_ids"], inputs["attention_mask"])
-        student, teacher = head_of(self.accelerator.unwrap_model(model)), head_of(self.teacher)
+            teacher_hidden = decoder_of(self.teacher)(**inputs, use_cache=False).last_hidden_state
+        student, teacher = self.student_head(model), head_of(self.teacher)
         loss = linear_divergence(
             outputs.hidden_states[-1][:, :-1],
             student.weight,
@@ -56,6 +60,24 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data parallelism will divide by it
         return (loss, {}) if return_outputs else loss
+
+    def student_head(self, model: torch.nn.Module) -> Head:
+        """The lm_head within DDP, torch.compile and PEFT. ConfigError where an adapter sits on it."""
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return head_of(plain.get_base_model() if hasattr(plain, "get_base_model") else plain)
+
+
+def check_packed(inputs: dict[str, Tensor], model: PreTrainedModel) -> None:
+    """ValueError for packed rows whose sequences transformers would not keep apart."""
+    positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+    if positions is None or (mask is None and family_of(model).packs):
+        return
+    anew = positions.diff(dim=1) != 1
+    if mask is not None:
+        anew = anew & (mask[:, 1:] != 0) & (mask[:, :-1] != 0)
+    if anew.any():
+        mixes = f"{type(model).__name__} mixes them" if mask is None else "its attention_mask mixes them: leave it out"
+        raise ValueError(f"a row holds several sequences (its position_ids begin anew), and {mixes}")
 
 
 def tiny(layers: int, seed: int) -> PreTrainedModel:

@@ -90,8 +90,11 @@ def head_of(model: PreTrainedModel) -> Head:
     """The lm_head of a model; the weight is the parameter itself, so gradients reach it. Raises ConfigError."""
     family, head = family_of(model), model.get_output_embeddings()  # GPT-NeoX's has another name up to 5.2x
     if type(head) is not nn.Linear:
-        kind = type(head).__name__
-        raise ConfigError(f"the lm_head of this {type(model).__name__} is a {kind}, not a plain nn.Linear")
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"  # an adapter's class is called Linear too
+        raise ConfigError(
+            f"the lm_head of this {type(model).__name__} is a {kind}, not a plain nn.Linear; merge an adapter, or take "
+            "it off the lm_head"
+        )
     softcap = getattr(model.config, family.softcap) if family.softcap else None
     return Head(head.weight, head.bias, softcap=softcap)
 
