@@ -49,6 +49,13 @@ def test_the_plain_loop_learns_and_starts_from_the_loss_of_full_logits():
     assert got["first"] == pytest.approx(full_reverse_kl(student, teacher, ids, mask.bool()).item(), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_of_the_plain_loop_change_nothing():
+    """Their rows differ in length, so that the mean of their means would be another loss."""
+    command = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/plain_loop.py")
+    assert run(*command) == pytest.approx(run("examples/plain_loop.py"), rel=1e-6)
+
+
 def test_the_trainer_learns_and_accumulation_changes_nothing(capsys):
     got = run("examples/trainer.py")
     assert got["steps"] == 30 and got["last"] < 0.7 * got["first"]
