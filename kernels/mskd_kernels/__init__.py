@@ -18,6 +18,7 @@ from mskd_kernels.logprobs import linear_logprobs, linear_logprobs_reference
 from mskd_kernels.minillm import MiniLLMLoss, minillm_loss, minillm_loss_reference
 from mskd_kernels.proof.first_use import prove, state
 from mskd_kernels.proof.kept import Proof
+from mskd_kernels.sparse import sparse_divergence
 from mskd_kernels.supervised import (
     KDLoss,
     linear_cross_entropy,
@@ -52,4 +53,5 @@ __all__ = [
     "reverse_kl",
     "reverse_kl_reference",
     "state",
+    "sparse_divergence",
 ]
