@@ -300,7 +300,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         gamma=1.0, include_current=False, whiten=False, reward_scaling=1.0, reward_clip=0.0,
         weight_single_step=True, clip_weighted_ratio=True, kd_ratio=0.0,
     ),
-    # What the released code (microsoft/LMOps, minillm) does instead.
+    # What the released code (microsoft/LMOps, minillm) does instead; see MinillmPhase for the two things left out.
     "lmops": dict(
         gamma=0.95, include_current=True, whiten=True, reward_scaling=0.5, reward_clip=100.0,
         weight_single_step=False, clip_weighted_ratio=True, kd_ratio=0.5,
@@ -309,7 +309,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class MinillmPhase(OnPolicyPhase):
-    """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them."""
+    """Reverse KL on the student's own (teacher-mixed) samples. A round: `rollouts` samples, `ppo_epochs` over them.
+
+    The preset lmops is the released code's choices but for two, which depend on its micro-batches: it whitens each of
+    them alone, padding included, with n - 1, where ours whitens the round's tokens; and it averages their means, where
+    ours is the mean over a step's tokens (cosine of the gradients 0.98 and 0.994).
+    """
 
     objective: Literal["minillm", "lmops"] = "minillm"
     steps: Count | None = Field(5000, description="optimizer steps; with epochs, whichever comes first; 0: no limit")
