@@ -72,6 +72,18 @@ class Rows(NamedTuple):
         return self.student[:, :vocabulary], self.teacher[:, :vocabulary]
 
 
+def _refuse_probabilities(rows: Rows) -> None:
+    """ValueError where a side's first row sums to 1 and holds nothing below 0: what F.kl_div takes is no logits.
+
+    On the CPU alone; here, within the op, there is a value to look at under torch.compile and vmap too.
+    """
+    for name, x in (("student_logits", rows.student), ("teacher_logits", rows.teacher)):
+        if x.device.type == "cpu" and x.shape[0] and x.shape[1] >= _FEWEST_PROBABILITIES:
+            rounding = 1e-2 if x.element_size() == 2 else 1e-4
+            if float(x[0].amin()) >= 0 and abs(float(x[0].sum(dtype=torch.float64)) - 1) < rounding:
+                raise ValueError(f"{name} are probabilities: give logits or log-probabilities, as from log_softmax")
+
+
 def _as_rows(logits: Tensor) -> Tensor:
     rows = logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -108,6 +120,7 @@ class Fields(NamedTuple):
     entropy: Tensor
 
 
+_FEWEST_PROBABILITIES = 16  # columns: fewer logits could be such by chance
 _ROWS = "Tensor student, Tensor teacher, Tensor? tokens, Tensor? mask"
 _BATCH = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
@@ -175,6 +188,7 @@ def logits_fields(rows: Rows, settings: Settings) -> Fields:
 @_op("row_statistics", f"({_ROWS}, {_SETTINGS}) -> {_STATISTICS}")
 def row_statistics(*args: Any) -> tuple[Tensor, ...]:
     rows, settings, _ = _split(args, Rows)
+    _refuse_probabilities(rows)
     s, t = rows.common()
     stats = _rows.statistics(settings.op(), s, t, rows.tokens, rows.mask)
     return (*_columns(stats), stats)
@@ -232,6 +246,7 @@ def logits_loss(
 def row_loss(*args: Any) -> tuple[Tensor, ...]:
     rows, settings, rest = _split(args, Rows)
     given = _Loss(*rest)
+    _refuse_probabilities(rows)
     s, t = rows.common()
     grad = _empty_gradient(rows.student, _stored(rows.student.dtype))
     grad[:, s.shape[1] :] = 0

@@ -135,6 +135,22 @@ def test_infinite_logits(backend, device, kind):
     torch.testing.assert_close(value[2], oracle_divergence(s[2, 2060:], t[2, 2060:], kind))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="looked at on a CPU alone")
+def test_probabilities_are_no_logits():
+    """F.kl_div takes them for its target; as logits they would be nearly uniform."""
+    s, t = logits(3, 400)
+    for name, side in (("student", s), ("teacher", t)):
+        for dtype in FLOATS:
+            given = [x.softmax(-1).to(dtype) if x is side else x for x in (s, t)]
+            for settings in ({}, {"reduction": "mean"}):
+                with pytest.raises(ValueError, match=f"{name}_logits are probabilities: give logits or log-prob"):
+                    divergence(given[0].requires_grad_(), given[1], **settings)
+    compiled = torch.compile(divergence, fullgraph=True, backend="eager")
+    with pytest.raises(ValueError, match="teacher_logits are probabilities"):
+        compiled(s, t.softmax(-1))
+    torch.testing.assert_close(divergence(s.log_softmax(-1), t.log_softmax(-1)), divergence(s, t))
+
+
 def test_nan_in_a_valid_token_is_seen_and_stays_there(backend, device):
     s, t = logits(4, 300, device=device)
     s[1, 7], t[2, 9] = torch.nan, torch.nan
