@@ -52,6 +52,6 @@ __all__ = [
     "resolve_backend",
     "reverse_kl",
     "reverse_kl_reference",
-    "state",
     "sparse_divergence",
+    "state",
 ]
