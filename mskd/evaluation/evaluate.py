@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from mskd.data.packing import cut
 from mskd.evaluation.statistics import paired_bootstrap, summarize
 from mskd.models import Head, Teacher, backbone, decoder_of, head_of
 from mskd.models.batch import SequenceBatch
+from mskd.models.folder.declared import as_ends
 from mskd.sampling.draw import draw, uniforms
 from mskd.store.files import write_text
 from mskd.store.hashes import digest, stream_seed
@@ -50,7 +51,7 @@ def evaluate(
     *,
     out: Path,
     teachers: Mapping[str, Teacher] | None = None,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     need_references: bool = False,
     tick: Callable[[int, int], None] = lambda done, all_: None,
 ) -> dict[str, Any]:
@@ -66,9 +67,9 @@ def evaluate(
 
     Random numbers belong to (seed, item, position): models answer the same prompt with the same random numbers,
     whatever the order or size of batches, and no global random state is read or changed. A greedy protocol has one
-    seed. One forward takes config.batch_size sequences. eos_id: the token that ends an answer, by default the
-    tokenizer's EOS (a chat template may have one of its own). tick: is told after every batch how many references and
-    answers of how many are done.
+    seed. One forward takes config.batch_size sequences. eos_id: the token that ends an answer, or several of which each
+    does, by default the tokenizer's EOS (a chat template may have one of its own). tick: is told after every batch how
+    many references and answers of how many are done.
     Returns `statistics.summarize` of the lines. Raises ConfigError where `need_references` and no item has a
     reference, FloatingPointError where the model's output is not finite, OSError where `out` cannot be written.
     """
@@ -82,16 +83,16 @@ def evaluate(
         )
     teachers = teachers or {}
     pad = tokenizer.pad_token_id
-    eos = tokenizer.eos_token_id if eos_id is None else eos_id
+    ends = as_ends(tokenizer.eos_token_id if eos_id is None else eos_id)
     seeds = config.seeds if config.sample else config.seeds[:1]
     done = _Count(sum(bool(e.response_ids) for e in examples) + len(examples) * len(seeds), tick)
     lines = []
     with _evaluation_mode(model):
         scores = _score_references(model, examples, teachers, config.batch_size, pad, done)
         for number, seed in enumerate(seeds):
-            answers, divergences = _answer(model, examples, teachers, config, seed, eos, pad, done)
+            answers, divergences = _answer(model, examples, teachers, config, seed, ends, pad, done)
             for item, example in enumerate(examples):
-                text = tokenizer.decode(answers[item], skip_special_tokens=True)
+                text = tokenizer.decode(_without_end(answers[item], ends), skip_special_tokens=True)
                 line: dict[str, Any] = {"item": item, "seed": seed}
                 if number == 0:
                     line |= {"prompt": example.prompt, "references": list(example.references)}
@@ -113,15 +114,23 @@ class _Count:
         self.tick(self.done, self.total)
 
 
-def file_name(data: str, fingerprint: str, config: EvalConfig, teachers: Mapping[str, str] | None = None) -> str:
+def file_name(
+    data: str,
+    fingerprint: str,
+    config: EvalConfig,
+    teachers: Mapping[str, str] | None = None,
+    ends: Sequence[int] = (),
+) -> str:
     """The name of the file of one evaluation: <data>-<protocol>-<8 hex digits>.jsonl.
 
     The digits cover what changes the figures: the data's fingerprint, the values of the protocol (not the batch size),
-    and the content hashes of the teachers by name. A file of that name never answers another question. A long name of
-    data is cut: a file's has at most 255 bytes, and it is written under a longer one first.
+    the content hashes of the teachers by name, and the tokens that end an answer where they are several. A file of that
+    name never answers another question. A long name of data is cut: a file's has at most 255 bytes, and it is written
+    under a longer one first.
     """
     values = config.model_dump(exclude={"batch_size", "data"})
-    end = f"-{config.protocol}-{digest([fingerprint, values, dict(teachers or {})])[:8]}.jsonl"
+    several = [list(ends)] if len(ends) > 1 else []
+    end = f"-{config.protocol}-{digest([fingerprint, values, dict(teachers or {}), *several])[:8]}.jsonl"
     return data.encode(errors="replace")[: MAX_BYTES - len(end)].decode(errors="ignore") + end
 
 
@@ -136,18 +145,18 @@ def rouge_l(answer: str, references: Sequence[str]) -> float | None:
 
 
 def generate(
-    model: Any, prompts: Tokens, config: EvalConfig, seed: int, *, eos_id: int, pad_id: int
+    model: Any, prompts: Tokens, config: EvalConfig, seed: int, *, eos_id: int | Collection[int], pad_id: int
 ) -> list[list[int]]:
-    """An answer to every prompt: token ids up to and with the first EOS, at most config.max_new_tokens of them."""
+    """An answer to every prompt: ids up to and with the first end token, at most config.max_new_tokens of them."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for items, batch, _ in _decode(model, prompts, config, seed, eos_id, pad_id):
+    for items, batch, _ in _decode(model, prompts, config, seed, as_ends(eos_id), pad_id):
         for item, answer in zip(items, batch, strict=True):
             answers[item] = answer
     return answers
 
 
 def _decode(
-    model: Any, prompts: Tokens, config: EvalConfig, seed: int, eos_id: int, pad_id: int
+    model: Any, prompts: Tokens, config: EvalConfig, seed: int, ends: Sequence[int], pad_id: int
 ) -> Iterator[tuple[list[int], list[list[int]], Tensor]]:
     """Batches of prompts (config.batch_size, longest first, padded on the left): items, answers, hidden states [N, H].
 
@@ -159,7 +168,7 @@ def _decode(
         do_sample=False,  # the drawing is done by _Draw, with random numbers that belong to the item
         max_new_tokens=config.max_new_tokens,
         no_repeat_ngram_size=config.no_repeat_ngram_size,
-        eos_token_id=eos_id,
+        eos_token_id=list(ends),
         pad_token_id=pad_id,
         use_cache=True,
     )
@@ -175,7 +184,7 @@ def _decode(
             )[:, ids.shape[1] :].tolist()
         if sampler and not sampler.finite:
             raise FloatingPointError("the model's logits are not finite while it answers; its weights have diverged")
-        answers = [_until_eos(answer, eos_id) for answer in tokens]
+        answers = [_until_end(answer, ends) for answer in tokens]
         hidden = torch.stack(states, dim=1)  # [B, T, H]
         yield items, answers, torch.cat([rows[: len(a)] for rows, a in zip(hidden, answers, strict=True)])
 
@@ -222,8 +231,13 @@ def _pad_left(sequences: Tokens, pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _until_eos(tokens: list[int], eos: int) -> list[int]:
-    return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in ends), tokens)
+
+
+def _without_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """An answer less its end token, which may be an ordinary word of the vocabulary."""
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
 
 
 def _by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -239,7 +253,7 @@ def _answer(
     teachers: Mapping[str, Teacher],
     config: EvalConfig,
     seed: int,
-    eos: int,
+    ends: Sequence[int],
     pad: int,
     done: _Count,
 ) -> tuple[list[list[int]], list[dict[str, float]]]:
@@ -247,7 +261,7 @@ def _answer(
     answers: list[list[int]] = [[] for _ in examples]
     divergences: list[dict[str, float]] = [{} for _ in examples]
     head = head_of(model)
-    for items, batch, hidden in _decode(model, [e.prompt_ids for e in examples], config, seed, eos, pad):
+    for items, batch, hidden in _decode(model, [e.prompt_ids for e in examples], config, seed, ends, pad):
         for item, answer in zip(items, batch, strict=True):
             answers[item] = answer
         inputs = _batch([examples[i].prompt_ids for i in items], batch, pad, model)

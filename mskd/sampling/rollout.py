@@ -12,7 +12,7 @@ B sequences, T response positions, N response tokens, S tokens in all, V tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from mskd.config import ConfigError
 from mskd.models import Teacher, head_of
 from mskd.models.batch import SequenceBatch
+from mskd.models.folder.declared import as_ends
 from mskd.sampling.decode import Decoder
 from mskd.sampling.draw import signed, uniforms
 from mskd.sampling.slots import Slots
@@ -46,7 +47,7 @@ class Rollout:
     Either is None where the teacher did not decode every token, until `objective.score` fills it: teacher_logprobs of
     every rollout without truncation, mixture_logprobs of those among them that the teacher took part in.
     vocab_size [] int64: tokens common to student and teacher, over which all log-probabilities are normalised.
-    Log-probabilities are fp32 (fp64 if the student is). A response ends with its EOS token, or at max_new_tokens.
+    Log-probabilities are fp32 (fp64 if the student is). A response ends with an end token, or at max_new_tokens.
     """
 
     tokens: Tensor
@@ -62,7 +63,7 @@ class Rollout:
 
     @property
     def response_lengths(self) -> Tensor:
-        """[B] int64, EOS included."""
+        """[B] int64, end tokens included."""
         return self.offsets.diff() - self.prompt_lengths
 
     @property
@@ -87,7 +88,7 @@ class Rollout:
         return [t[:p].tolist() for t, p in zip(self._sequences(), self.prompt_lengths.tolist(), strict=True)]
 
     def responses(self) -> list[list[int]]:
-        """The responses, EOS included."""
+        """The responses, end tokens included."""
         return [t[p:].tolist() for t, p in zip(self._sequences(), self.prompt_lengths.tolist(), strict=True)]
 
     def _sequences(self) -> tuple[Tensor, ...]:
@@ -142,7 +143,7 @@ def sample(
     teacher: PreTrainedModel | Teacher | None,
     prompts: Sequence[Sequence[int]],
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     pad_id: int,
     max_new_tokens: int,
     mix_alpha: float,
@@ -160,7 +161,8 @@ def sample(
     Without truncation (top_p 1, top_k 0) the teacher decodes only where its tokens are needed (see slots.py) and the
     rollout has neither teacher_logprobs nor mixture_logprobs before `objective.score`. teacher None or mix_alpha 0: no
     teacher decodes and only teacher_logprobs is None; a teacher that is given still bounds the vocabulary, over whose
-    common tokens all log-probabilities are normalised. batch_size: sequences that decode together. sequence_ids:
+    common tokens all log-probabilities are normalised. eos_id: the token that ends a response, or several of which each
+    does. batch_size: sequences that decode together. sequence_ids:
     distinct, one a prompt; with `seed` they own the random numbers. should_stop is asked before every token. lazy
     False: the teacher decodes every token, and all log-probabilities are recorded while sampling.
     Raises Interrupted when should_stop says so, ConfigError when a prompt is empty or prompt and response exceed a
@@ -186,7 +188,7 @@ def sample(
             decoders,
             prompts,
             u,
-            eos_id=eos_id,
+            ends=as_ends(eos_id),
             slots=slots,
             mix_alpha=mix_alpha,
             top_p=top_p,

@@ -1,6 +1,6 @@
 """Sequences in slots: the batch stays full, and the teacher decodes only where it must.
 
-    batch = Slots(decoders, prompts, u, eos_id=2, slots=32, mix_alpha=0.2, top_p=1.0, top_k=0)
+    batch = Slots(decoders, prompts, u, ends=(2,), slots=32, mix_alpha=0.2, top_p=1.0, top_k=0)
     while batch.unfinished:
         batch.step()                             # draws one token for each sequence that need not wait
     tokens, logprobs = batch.responses()[0]      # in the order of the prompts
@@ -20,7 +20,7 @@ n sequences, T response positions, V vocabulary, b rows of one draw.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class Slots:
     """One call of `sample`: which sequences are where, their tokens and log-probabilities.
 
     decoders: the student's, and the teacher's where it decodes, opened for `slots` slots. u [n, T] float64, CPU: the
-    random numbers of the sequences.
+    random numbers of the sequences. ends: the tokens of which each ends a sequence.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Slots:
         prompts: Sequence[Sequence[int]],
         u: Tensor,
         *,
-        eos_id: int,
+        ends: Collection[int],
         slots: int,
         mix_alpha: float,
         top_p: float,
@@ -69,7 +69,7 @@ class Slots:
         lazy: bool = True,
     ) -> None:
         (n, self.limit), device = u.shape, decoders[0].device
-        self.decoders, self.prompts, self.eos_id, self.device = decoders, prompts, eos_id, device
+        self.decoders, self.prompts, self.ends, self.device = decoders, prompts, frozenset(ends), device
         self.alpha, self.top_p, self.top_k = mix_alpha, top_p, top_k
         self.lazy = lazy and len(decoders) > 1 and top_p == 1 and top_k == 0
         self.teachers = (u < mix_alpha).numpy()  # [n, T]: whose token it is
@@ -77,9 +77,9 @@ class Slots:
         # The batch that needs the most memory comes first.
         self.queue = deque(sorted(range(n), key=lambda i: (-len(prompts[i]), i)))
         longest = max((len(p) for p in prompts), default=0)
-        tokens = [[*p, *[eos_id] * (longest - len(p))] for p in prompts]
+        tokens = [[*p, *[0] * (longest - len(p))] for p in prompts]  # what lies behind a sequence is never read
         self.tokens = torch.tensor(tokens, dtype=torch.int64).view(n, longest).to(device)
-        self.tokens = torch.nn.functional.pad(self.tokens, (0, self.limit), value=eos_id)
+        self.tokens = torch.nn.functional.pad(self.tokens, (0, self.limit))
         kinds = 2 if self.lazy else len(decoders) + 1
         self.logprobs = torch.zeros(kinds, n, self.limit, dtype=torch.float64, device=device)
         self.lengths = [self.limit] * n
@@ -109,7 +109,7 @@ class Slots:
         self._release()
 
     def responses(self) -> list[Response]:
-        """Of every prompt: tokens [t], EOS included, and log-probabilities [kinds, t], on the CPU.
+        """Of every prompt: tokens [t], the end token included, and log-probabilities [kinds, t], on the CPU.
 
         Kinds: the student's, then of the distribution that was drawn from (the lazy mixture: of the model whose token
         it is), then the teacher's where it decoded every token.
@@ -137,7 +137,7 @@ class Slots:
             return
         places = [place for part, _ in self.recent for place in part]
         for (row, end), token in zip(places, torch.cat([t for _, t in self.recent]).tolist(), strict=True):
-            if token == self.eos_id and not row.ended:
+            if token in self.ends and not row.ended:
                 row.ended = True
                 self.lengths[row.index] = end - row.prompt
         self.recent = []

@@ -200,6 +200,24 @@ def decode(model, prompt, item, seed, config, eos):
     return tokens
 
 
+@pytest.mark.parametrize("protocol", ["quick", "greedy"])
+def test_any_of_several_end_tokens_ends_an_answer(tmp_path, model, examples, tokenizer, protocol):
+    config = settings(protocol=protocol, max_new_tokens=25)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    prompts = [e.prompt_ids for e in examples * 2]
+    endless = generate(model, prompts, config, 7, eos_id=-1, pad_id=pad)
+    word = endless[0][3]  # an ordinary token of the vocabulary
+    ends = (eos, word)
+    expected = [a[: next((i for i, t in enumerate(a) if t in ends), 24) + 1] for a in endless]
+    assert expected != [a[: a.index(eos) + 1] if eos in a else a for a in endless]
+    assert generate(model, prompts, config, 7, eos_id=ends, pad_id=pad) == expected
+    evaluate(model, tokenizer, examples * 2, config, out=tmp_path / "x.jsonl", eos_id=ends)
+    for line, ids in zip(read(tmp_path / "x.jsonl"), expected if protocol == "greedy" else [], strict=False):
+        said = ids[:-1] if ids[-1] in ends else ids  # what ends an answer is no part of its text
+        assert line["answer"] == tokenizer.decode(said, skip_special_tokens=True)
+        assert line["answer_tokens"] == len(ids)
+
+
 @pytest.mark.parametrize("values", [{}, {"temperature": 0.6, "top_p": 0.8}, {"protocol": "greedy"}])
 def test_answers_are_what_the_definition_gives(model, examples, tokenizer, values):
     config = settings(**{"max_new_tokens": 25, **values})
@@ -309,8 +327,10 @@ def test_file_names_tell_evaluations_apart():
     name = file_name("dolly", "f", settings(), {"t": "1"})
     assert name.startswith("dolly-quick-") and name.endswith(".jsonl")
     assert file_name("dolly", "f", settings(batch_size=9), {"t": "1"}) == name
+    assert file_name("dolly", "f", settings(), {"t": "1"}, [2]) == name
     others = [("g", settings(), {"t": "1"}), ("f", settings(top_p=0.5), {"t": "1"}), ("f", settings(), {"t": "2"})]
-    assert len({name, *(file_name("dolly", *other) for other in others)}) == 4
+    others.append(("f", settings(), {"t": "1"}, [2, 7]))
+    assert len({name, *(file_name("dolly", *other) for other in others)}) == 5
     assert name.startswith("dolly-quick-")
     for data in ("x" * 250, "é" * 120, "\udcff" * 250):  # as long as a file's name may be
         long = file_name(data, "f", settings(), {"t": "1"})

@@ -433,6 +433,20 @@ def test_a_response_ends_with_eos_or_at_the_limit():
     assert same.responses() == rollout.responses()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.4])
+def test_any_of_several_end_tokens_ends_a_response_and_changes_nothing_before_it(alpha):
+    student, teacher, prompts = llama(6, seed=5), llama(6, seed=6), [[2 + i % 4] for i in range(100)]
+    options = dict(max_new_tokens=7, batch_size=32, mix_alpha=alpha)
+    endless = run(student, teacher, prompts, eos_id=-1, **options).responses()
+    ends = {EOS, 3}
+    first = [next((i for i, t in enumerate(r) if t in ends), 6) for r in endless]
+    expected = [r[: i + 1] for r, i in zip(endless, first, strict=True)]
+    assert {r[-1] for r in expected} > ends  # some end with each, some at the limit
+    assert run(student, teacher, prompts, eos_id=ends, **options).responses() == expected
+    one = run(student, teacher, prompts, eos_id=EOS, **options)
+    assert one.responses() == run(student, teacher, prompts, eos_id=(EOS,), **options).responses()
+
+
 def test_without_a_decoding_teacher_nothing_is_mixed_or_scored():
     student, teacher = llama(24, seed=1), llama(24, seed=2)
     alone, unmixed = run(student, None, PROMPTS), run(student, teacher, PROMPTS, mix_alpha=0.0)
