@@ -107,6 +107,7 @@ class Case:
             phases=(phase,),
             student=copy.deepcopy(self.student).to(hardware.device),
             tokenizer=SimpleNamespace(eos_token_id=self.end, pad_token_id=self.end),
+            ends=(self.end,),
             teacher=Teacher(self.teachers[hardware.teacher_dtype], "fp32"),
             data=Splits(self.examples, (), (), ""),
             text=(),

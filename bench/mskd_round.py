@@ -42,6 +42,7 @@ class Mskd:
             phases=(phase,),
             student=case.student,
             tokenizer=SimpleNamespace(eos_token_id=case.end, pad_token_id=case.end),
+            ends=(case.end,),
             teacher=Teacher(case.teacher, PRECISIONS[case.hardware.teacher_dtype]),
             data=Splits(tuple(Example("", p, (), ()) for p in case.prompts[: phase.rollouts]), (), (), ""),
             text=(),

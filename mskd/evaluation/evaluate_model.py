@@ -13,7 +13,8 @@ from typing import Any
 from mskd import models
 from mskd.config import ConfigError, DataConfig, EvaluateConfig
 from mskd.config.hardware import check_backend, detect
-from mskd.data.instructions import Example, end_token_id, load_data, load_items
+from mskd.data.ends import answer_ends
+from mskd.data.instructions import Example, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.columns import COLUMNS, DASH, figure
 from mskd.evaluation.statistics import Lines, read_lines, summarize
@@ -69,14 +70,14 @@ def evaluate_model(
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
     echo(f"{model}: {models.num_parameters(loaded):,} parameters on {hardware.name}")
     directory = out / "evals" / weights_digest(folder)[:16]
-    eos = end_token_id(tokenizer, settings.data.template)
+    ends = answer_ends(tokenizer, settings.data.template, [folder])
     found: dict[str, Any] = {}
     for source, (items, fingerprint) in sets.items():
-        path = directory / evaluate.file_name(Path(source).stem, fingerprint, settings.evaluation, hashes)
+        path = directory / evaluate.file_name(Path(source).stem, fingerprint, settings.evaluation, hashes, ends)
         if path.exists():
             echo(f"{source}: evaluated before, {path}")
         else:
-            told: dict[str, Any] = {"eos_id": eos, "tick": ticker(source)}
+            told: dict[str, Any] = {"eos_id": ends, "tick": ticker(source)}
             evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, **told)
         figures = summarize(_read(path))
         echo(_line(source, figures, next(iter(judges), None)))

@@ -1,8 +1,9 @@
 """Models: weights in and out. Where they come from, 8 bits, cutting, student and teacher, saving."""
 
 from mskd.models.batch import SequenceBatch
+from mskd.models.folder.saving import save_model
 from mskd.models.heads import FAMILIES, Family, Head, backbone, decoder_of, family_of, head_of, layers_of
-from mskd.models.load import copy_as, load_model, save_model
+from mskd.models.load import copy_as, load_model
 from mskd.models.size import Size, num_layers, num_parameters, size_of
 from mskd.models.sources import content_hash, resolve_source
 from mskd.models.student import Student

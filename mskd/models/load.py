@@ -1,7 +1,6 @@
-"""Model folders: a causal language model loaded as it is trained or copied for sampling, and saved again.
+"""A causal language model out of its folder, as it is trained or copied for sampling.
 
 model = load_model(folder)                          # fp32, dropout off
-save_model(model, tokenizer, folder)                # an ordinary transformers folder
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from torch import nn
 from mskd.config import ConfigError
 from mskd.models.heads import FAMILIES, unknown_family
 from mskd.models.sources import check_folder, first_line, quiet, read_json
-from mskd.store.files import disk_errors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -102,23 +100,3 @@ def _no_dropout(model: PreTrainedModel) -> None:
         for name in ("dropout", "attention_dropout", "layerdrop"):  # plain numbers in OPT's and Llama's classes
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary transformers folder: safetensors, config, generation config, tokenizer. Its card is card.py's.
-
-    Raises OSError, with its errno, where the folder cannot be written.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    generation = model.generation_config
-    if generation is not None:
-        ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-        if tokenizer.eos_token_id not in ends:
-            generation.eos_token_id = tokenizer.eos_token_id
-        generation.pad_token_id = tokenizer.pad_token_id
-        if generation.temperature is not None or generation.top_p is not None or generation.top_k is not None:
-            generation.do_sample = True  # or transformers refuses to write the sampling parameters
-    with quiet(), disk_errors(folder):
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)

@@ -34,11 +34,9 @@ PROBE = "In 1984, Zoë's 12345 cats don't\trun.\n\n  x = [y**2]; 日本語 😀 
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase, name_a: str, name_b: str) -> None:
-    """ConfigError unless two tokenizers have the same tokens, the same end token and cut a probe text alike."""
+    """ConfigError unless two tokenizers have the same tokens and cut a probe text alike; their ends may differ."""
     why = None
-    if a.eos_token_id != b.eos_token_id:
-        why = f"their end tokens are {a.eos_token!r} ({a.eos_token_id}) and {b.eos_token!r} ({b.eos_token_id})"
-    elif a.get_vocab() != b.get_vocab():
+    if a.get_vocab() != b.get_vocab():
         ours, theirs = a.get_vocab(), b.get_vocab()
         odd = min(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         why = f"{len(ours)} and {len(theirs)} tokens; {odd!r} is {ours.get(odd)} and {theirs.get(odd)}"

@@ -22,7 +22,6 @@ from mskd import models
 from mskd.config import Config, ConfigError, all_paths
 from mskd.config.hardware import Hardware, detect
 from mskd.config.phases import MixedPhase, Phase, resolve_steps
-from mskd.data.instructions import end_token_id
 from mskd.evaluation import evaluate
 from mskd.plan.proposals import from_config, with_paths
 from mskd.run.chain import distill
@@ -147,7 +146,7 @@ class Bench:
         """KL(student || top teacher) per token of the student's own answers to the items of a split."""
         settings, node = self.config.evaluation, self.graph.nodes[top]
         hashes = {top: digest([node.hash, node.config.precision])}
-        file = evaluate.file_name(split, self.graph.data.fingerprint, settings, hashes)
+        file = evaluate.file_name(split, self.graph.data.fingerprint, settings, hashes, self.graph.ends)
         out = self.out / "evals" / weights_digest(folder)[:16] / file
         if out.exists():
             figures = evaluate.summarize(out)
@@ -155,10 +154,9 @@ class Bench:
             trust, options = node.config.trust_remote_code, {"attention": self.hardware.attention}
             teacher = models.load_teacher(node.folder, node.config.precision, self.hardware, trust_remote_code=trust)
             model = models.load_model(folder, device=self.hardware.device, trust_remote_code=trust, **options)
-            end = end_token_id(self.graph.tokenizer, self.config.data.template)
             items = getattr(self.graph.data, split)
             figures = evaluate.evaluate(
-                model, self.graph.tokenizer, items, settings, out=out, teachers={top: teacher}, eos_id=end
+                model, self.graph.tokenizer, items, settings, out=out, teachers={top: teacher}, eos_id=self.graph.ends
             )
         return float(figures["reverse_kl"][top]["mean"])
 

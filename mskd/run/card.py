@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mskd.config.phases import PRESETS, Phase
-from mskd.data.instructions import ALPACA, end_token_id
+from mskd.data.instructions import ALPACA
+from mskd.models.folder.declared import declared_ends
 from mskd.models.sources import KNOWN, hub_id
 from mskd.report.document import Block, Heading, Items, Table, Text, escaped, markdown
 from mskd.report.tables import duration, short
@@ -163,10 +164,10 @@ def _ways(node: Node) -> str:
 def _use(facts: Facts) -> list[Block]:
     """Code that loads the folder it stands in and answers one question under the template of the training."""
     graph = facts.graph
-    chat, tokenizer = graph.config.data.template == "chat", graph.tokenizer
+    chat = graph.config.data.template == "chat"
     trust = ", trust_remote_code=True" if facts.node.config.trust_remote_code else ""
-    end = end_token_id(tokenizer, graph.config.data.template)
-    stop = "" if end == tokenizer.eos_token_id else f", eos_token_id={end}"
+    end = graph.ends[0]  # a folder written by an older mskd may not declare it
+    stop = "" if end in declared_ends(facts.node.folder) else f", eos_token_id={end}"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

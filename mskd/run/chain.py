@@ -22,7 +22,6 @@ from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
 from mskd.config.phases import MinillmPhase
 from mskd.config.versions import versions
-from mskd.data.instructions import end_token_id
 from mskd.evaluation import evaluate
 from mskd.models import Teacher, prune
 from mskd.models.batch import SequenceBatch
@@ -262,7 +261,7 @@ class Chain:
             keep = prune.choose_layers(influence, node.config.layers)
             self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
             with new_folder(cut) as tmp:
-                models.save_model(prune.cut(model, keep), self.tokenizer, tmp)
+                models.save_model(prune.cut(model, keep), self.tokenizer, tmp, ends=self.graph.ends)
                 write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
         self.accelerator.wait_for_everyone()
         if node.phases:
@@ -292,6 +291,7 @@ class Chain:
             phases=node.phases,
             student=self._load(start, node.config),
             tokenizer=self.tokenizer,
+            ends=self.graph.ends,
             teacher=self._teacher(teacher) if teacher else None,
             data=self.data,
             text=self.graph.text,
@@ -336,7 +336,7 @@ class Chain:
         judges = self._judges(node)
         hashes = {t.name: digest([t.hash, t.config.precision]) for t in judges}
         data = Path(source or self.config.data.source).stem
-        name = evaluate.file_name(data, items[1], self.config.evaluation, hashes)
+        name = evaluate.file_name(data, items[1], self.config.evaluation, hashes, self.graph.ends)
         file = Path("evals") / weights_digest(folder)[:16] / name
         if self.main and not (self.out / file).exists():
             self.stop.check()
@@ -349,11 +349,11 @@ class Chain:
     def _run_evaluation(
         self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher], tick: Tick = lambda done, all_: None
     ) -> dict[str, Any]:
-        c, end = self.config.evaluation, end_token_id(self.tokenizer, self.config.data.template)
+        told: dict[str, Any] = {"teachers": teachers, "eos_id": self.graph.ends, "tick": tick}
         with contextlib.ExitStack() as stack:
             for teacher in teachers.values():
                 stack.enter_context(teacher.on_device())
-            return evaluate.evaluate(model, self.tokenizer, items, c, out=out, teachers=teachers, eos_id=end, tick=tick)
+            return evaluate.evaluate(model, self.tokenizer, items, self.config.evaluation, out=out, **told)
 
     def _judges(self, node: Node) -> list[Node]:
         """Whose distributions a model is compared with: the top teacher of its path and the teacher of its hop."""

@@ -16,7 +16,9 @@ from mskd.config import Config, ConfigError, ModelConfig
 from mskd.config.hardware import Hardware, check_backend
 from mskd.config.phases import Phase
 from mskd.config.problems import local_path
+from mskd.data.ends import answer_ends
 from mskd.data.instructions import Example, Splits, further, load_data, load_items, load_text
+from mskd.models.folder.declared import decoding_settings
 from mskd.store.hashes import FORMAT, digest
 from mskd.training.optim import check_optimizer
 
@@ -98,7 +100,14 @@ class Graph:
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.layers: dict[str, int] = {}  # of every model, as `sizes` its parameters
         self.sizes = self._sizes(used)
-        self.tokenizer = self._tokenizer()
+        tokenizers = self._tokenizers()
+        self.tokenizer = tokenizers[self.origin(config.chain.paths[0][0])]
+        self.ends = answer_ends(self.tokenizer, config.data.template, self.folders.values())
+        # A run of models that all name one end and no other has it in its tokenizer's and its data's hash already.
+        self._one_end = len(self.ends) == 1 and len({t.eos_token_id for t in tokenizers.values()}) == 1
+        if before is None:
+            self._say_ends(tokenizers, echo)
+            self._say_settings(echo)
         need_responses = any(p.needs_responses for p in phases)
         self._data_key = (config.data, config.seed if config.data.seed is None else None, need_responses, self.folders)
         same = before is not None and before._data_key == self._data_key
@@ -174,8 +183,8 @@ class Graph:
             return m.layers
         return self._layers(m.from_, of_source) if m.from_ else of_source
 
-    def _tokenizer(self) -> Any:
-        """The one tokenizer of all models: that of the first path's teacher."""
+    def _tokenizers(self) -> dict[str, Any]:
+        """The tokenizer of every source, all of them the same but for their end tokens."""
         first = self.config.chain.paths[0][0]
         loaded = {
             name: models.load_tokenizer(folder, trust_remote_code=self.config.models[name].trust_remote_code)
@@ -184,7 +193,37 @@ class Graph:
         top = loaded[self.origin(first)]
         for name, tokenizer in loaded.items():
             models.check_same_tokenizer(top, tokenizer, first, name)
-        return top
+        return loaded
+
+    def _say_ends(self, tokenizers: dict[str, Any], echo: Callable[[str], None]) -> None:
+        """What ends an answer, in one line, where the models do not all say the same."""
+
+        def shown(i: int) -> str:
+            return f"{self.tokenizer.convert_ids_to_tokens(i)!r} ({i})"
+
+        trained, *others = self.ends
+        own = {name: t.eos_token_id for name, t in tokenizers.items() if t.eos_token_id != trained}
+        if not others and not own:
+            return
+        whose = "the template's end of turn" if self.config.data.template == "chat" else "the first model's"
+        line = f"every answer ends with {shown(trained)}, {whose}"
+        if own:
+            line += f", not with {', '.join(f'{shown(i)} of {name}' for name, i in own.items())}"
+        if others:
+            line += f"; one that ends with {' or '.join(map(shown, others))}, as models declare, ends too"
+        echo(line)
+
+    def _say_settings(self, echo: Callable[[str], None]) -> None:
+        """Which settings of `generate` a model has that those made from it do not inherit."""
+        starts = {self.origin(name) for path in self.config.chain.paths for name in path[1:]}
+        for name in sorted(starts):
+            settings = decoding_settings(self.folders[name])
+            if settings:
+                listed = ", ".join(f"{key} = {value}" for key, value in settings.items())
+                echo(
+                    f"{name}: its generation_config.json sets {listed}; what is made from it is trained, evaluated and "
+                    "saved without"
+                )
 
     def _phases(self, used: list[str]) -> list[Phase]:
         """Every phase of the run."""
@@ -212,7 +251,7 @@ class Graph:
             "data": self.data_hash,
             "text": digest(self.text),
             "train": train,
-        }
+        } | ({} if self._one_end else {"ends": self.ends})
 
     def _model_node(self, name: str) -> Node:
         nodes = self.nodes

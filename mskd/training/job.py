@@ -27,6 +27,7 @@ class Job:
     phases: tuple[Phase, ...]
     student: Any  # a loaded transformers model in fp32
     tokenizer: Any
+    ends: tuple[int, ...]  # the ids that end an answer; the first one ends the responses that are trained on
     teacher: Teacher | None
     data: Splits
     text: tuple[tuple[int, ...], ...]

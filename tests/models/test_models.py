@@ -43,6 +43,7 @@ from mskd.models import (
     size_of,
 )
 from mskd.models.batch import SequenceBatch
+from mskd.models.folder.declared import declared_ends, decoding_settings
 from mskd.models.quantize import Int8Linear
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, PAD]]
@@ -378,12 +379,35 @@ def test_saved_and_loaded_again_is_bit_identical(family, tmp_path):
     assert (size.layers, size.parameters) == (3, num_parameters(family))
 
 
-def test_sampling_parameters_and_further_end_tokens_survive_saving(tmp_path):
+def test_further_end_tokens_survive_saving_and_settings_of_generate_do_not(tmp_path):
     model = build(FAMILY_CONFIGS["llama"])
-    model.generation_config.update(temperature=0.6, top_p=0.9, eos_token_id=[2, 7])
-    save_model(model, build_tokenizer(), tmp_path)
-    saved = load_model(tmp_path).generation_config
-    assert (saved.do_sample, saved.temperature, saved.top_p, saved.eos_token_id) == (True, 0.6, 0.9, [2, 7])
+    own = dict(temperature=0.6, top_p=0.9, do_sample=True, repetition_penalty=5.0, max_length=9, eos_token_id=[2, 7])
+    model.generation_config.update(**own)
+    save_model(model, build_tokenizer(), tmp_path, ends=(2, 7))
+    assert decoding_settings(tmp_path) == {}
+    saved = load_model(tmp_path)
+    assert (saved.generation_config.eos_token_id, saved.generation_config.pad_token_id) == ([2, 7], 2)
+    assert {name: getattr(model.generation_config, name) for name in own} == own  # the model is as it was
+    expected = [5, 6, 8]
+    with torch.no_grad():
+        while len(expected) < 12 and expected[-1] not in (2, 7):
+            expected.append(int(saved(torch.tensor([expected])).logits[0, -1].argmax()))
+        assert saved.generate(torch.tensor([[5, 6, 8]]), max_new_tokens=9)[0].tolist() == expected
+
+
+def test_a_saved_model_ends_with_the_trained_end(tmp_path):
+    model, tokenizer = build(FAMILY_CONFIGS["llama"]), build_tokenizer()
+    save_model(model, tokenizer, tmp_path, ends=(3, 2))
+    for file in ("generation_config.json", "config.json"):
+        assert json.loads((tmp_path / file).read_text())["eos_token_id"] == [3, 2]
+    assert load_tokenizer(tmp_path).eos_token == "<|reserved|>" and tokenizer.eos_token == "<|im_end|>"
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+    assert declared_ends(tmp_path) == (3, 2)
+    (tmp_path / "generation_config.json").unlink()
+    assert declared_ends(tmp_path) == (3, 2)  # config.json's
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ConfigError, match="eos_token_id is '</s>'; it must be an id or a list of ids"):
+        declared_ends(tmp_path)
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
@@ -504,10 +528,10 @@ def test_tokenizers_that_differ_are_told_apart():
     check_same_tokenizer(build_tokenizer(), build_tokenizer(), "a", "b")
     other_end, other_token, other_cut = build_tokenizer(), build_tokenizer(), build_tokenizer()
     other_end.eos_token = "<|endoftext|>"
+    check_same_tokenizer(build_tokenizer(), other_end, "a", "b")  # a run has one end, whatever a tokenizer's own is
     other_token.add_tokens(["zebra"])
     other_cut.backend_tokenizer.normalizer = normalizers.Lowercase()
     for other, why in (
-        (other_end, r"their end tokens are '<\|im_end\|>' \(2\) and '<\|endoftext\|>' \(0\)"),
         (other_token, "320 and 321 tokens; 'zebra' is None and 320"),
         (other_cut, "they cut the same text differently"),
     ):

@@ -30,7 +30,8 @@ def job(tmp_path):
     tree = {"models": models, "chain": {"paths": [["teacher", "student"]]}, "phases": [phase.model_dump()]}
     return Job(
         name="hop", directory=tmp_path, seed=0, phases=(phase,), student=build_llama(tokenizer, layers=1, seed=1),
-        tokenizer=tokenizer, text=(), config=parse(tree), hardware=detect("cpu"), accelerator=Accelerator(cpu=True),
+        tokenizer=tokenizer, ends=(tokenizer.eos_token_id,), text=(),
+        config=parse(tree), hardware=detect("cpu"), accelerator=Accelerator(cpu=True),
         teacher=Teacher(build_llama(tokenizer, layers=2, seed=2).requires_grad_(False), "fp32"),
         data=Splits(tuple(Example(str(p), p, (9, 2), ("x",)) for p in PROMPTS), (), (), ""),
     )  # fmt: skip

@@ -186,7 +186,8 @@ def round_of(teacher_model=None, *, objective_name="minillm", text=(), **train):
     prompts = [tuple(draw.randrange(4, 300) for _ in range(draw.randint(2, 20))) for _ in range(12)]
     job = Job(
         name="round", directory=Path(), seed=0, phases=(phase,), student=build_llama(tokenizer, layers=2, seed=1),
-        tokenizer=tokenizer, data=Splits(tuple(Example("", p, (), ()) for p in prompts), (), (), ""), text=text,
+        tokenizer=tokenizer, ends=(tokenizer.eos_token_id,),
+        data=Splits(tuple(Example("", p, (), ()) for p in prompts), (), (), ""), text=text,
         teacher=Teacher((teacher_model or build_llama(tokenizer, layers=3, seed=2)).requires_grad_(False), "fp32"),
         config=parse(tree | {"train": train}), hardware=detect("cpu"), accelerator=Accelerator(cpu=True),
     )  # fmt: skip

@@ -10,7 +10,6 @@ import torch
 from mskd.config.phases import (
     OnPolicyPhase,
 )
-from mskd.data.instructions import end_token_id
 from mskd.models import copy_as
 from mskd.sampling.rollout import Rollout, sample
 from mskd.store.hashes import stream_seed
@@ -38,7 +37,7 @@ class Sampler:
             model,
             job.teacher,
             prompts,
-            eos_id=end_token_id(job.tokenizer, job.config.data.template),
+            eos_id=job.ends,
             pad_id=job.tokenizer.pad_token_id,
             max_new_tokens=phase.max_new_tokens,
             mix_alpha=mix_alpha,

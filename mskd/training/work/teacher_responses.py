@@ -18,7 +18,7 @@ import torch
 
 from mskd.config import ConfigError
 from mskd.config.phases import TeacherResponses
-from mskd.data.instructions import Example, end_token_id
+from mskd.data.instructions import Example
 from mskd.sampling.draw import uniforms
 from mskd.sampling.rollout import sample
 from mskd.store.files import write_text
@@ -66,7 +66,7 @@ def _sampled(job: Job, asked: TeacherResponses, part: Sequence[int], seed: int) 
             job.teacher,
             job.student,  # decodes nothing: its vocabulary bounds the teacher's
             [examples[i].prompt_ids for i in drawn],
-            eos_id=end_token_id(job.tokenizer, job.config.data.template),
+            eos_id=job.ends,
             pad_id=job.tokenizer.pad_token_id,
             max_new_tokens=asked.max_new_tokens,
             mix_alpha=0.0,

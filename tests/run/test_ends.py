@@ -1,0 +1,159 @@
+"""The end of an answer through a run: one in the data, while sampling, in the evaluation and in the saved files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from chain_setup import tree, write_rows
+from tiny import CHAT_TEMPLATE, build_llama, build_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+from mskd.config import parse
+from mskd.config.hardware import detect
+from mskd.data.ends import answer_ends
+from mskd.models.folder.declared import decoding_settings
+from mskd.run.chain import distill
+from mskd.run.nodes import Graph
+
+TEXT_END, TURN_END, RESERVED = 0, 2, 3  # <|endoftext|>, <|im_end|>, <|reserved|>
+
+
+def write_model(
+    folder: Path, *, layers: int, seed: int, eos: str, template: str | None, dtype=torch.float32, **generation
+) -> Path:
+    """A tiny Llama with a tokenizer of the given end token and chat template, and a generation config."""
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = eos, template
+    model = build_llama(tokenizer, layers=layers, seed=seed).to(dtype)
+    model.generation_config = GenerationConfig(**{"eos_token_id": tokenizer.eos_token_id, **generation})
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """Instruction-tuned: its template ends a turn with <|im_end|>, and so does its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "instruct"
+    return write_model(folder, layers=2, seed=1, eos="<|im_end|>", template=CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A base model in bf16 without a template, whose texts end with <|endoftext|>."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    return write_model(folder, layers=2, seed=2, eos="<|endoftext|>", template=None, dtype=torch.bfloat16)
+
+
+def graph_of(tmp_path, teacher, student, lines=None, **changes) -> Graph:
+    data = write_rows(tmp_path / "rows.jsonl")
+    models = {"teacher": {"source": str(teacher), "precision": "fp32"}, "student": {"source": str(student)}}
+    given = tree(teacher, data, models=models, chain={"paths": [["teacher", "student"]]}, **changes)
+    given["data"] = given["data"] | {"template": "chat"}
+    return Graph(parse(given), tmp_path / "out", detect("cpu"), [].append if lines is None else lines.append)
+
+
+def test_models_of_one_vocabulary_and_two_ends_have_one_said_in_a_line(teacher, base, tmp_path):
+    lines: list[str] = []
+    graph = graph_of(tmp_path, teacher, base, lines)
+    assert graph.ends == (TURN_END, TEXT_END)  # the base model may still end by what its generation config declares
+    assert lines == [
+        "every answer ends with '<|im_end|>' (2), the template's end of turn, not with '<|endoftext|>' (0) of student; "
+        "one that ends with '<|endoftext|>' (0), as models declare, ends too"
+    ]
+    assert {e.response_ids[-1] for e in graph.data.train} == {TURN_END}
+    assert not any(TEXT_END in e.response_ids for e in graph.data.train)
+
+
+def test_a_run_with_one_end_says_nothing_and_its_nodes_are_what_they_were(teacher, tmp_path):
+    lines: list[str] = []
+    graph = graph_of(tmp_path, teacher, teacher, lines)
+    assert lines == [] and graph.ends == (TURN_END,)
+    alone = graph.nodes["teacher>student"].hash
+    other = write_model(
+        tmp_path / "two", layers=2, seed=1, eos="<|im_end|>", template=CHAT_TEMPLATE, eos_token_id=[TURN_END, 41]
+    )
+    two = graph_of(tmp_path, other, other)
+    assert two.ends == (TURN_END, 41)
+    # The content of a model is its weights, config and tokenizer; the ends are part of what a hop's hash covers.
+    assert two.nodes["teacher"].hash == graph.nodes["teacher"].hash
+    assert two.nodes["teacher>student"].hash != alone
+
+
+def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
+    folder = write_model(
+        tmp_path, layers=1, seed=1, eos="<|im_end|>", template=None, eos_token_id=[TURN_END, 320, 9999]
+    )
+    assert answer_ends(build_tokenizer(), "alpaca", [folder]) == (TURN_END,)
+
+
+def test_settings_of_generate_are_left_behind_and_named(teacher, tmp_path):
+    student = write_model(
+        tmp_path / "m", layers=2, seed=2, eos="<|im_end|>", template=CHAT_TEMPLATE,
+        repetition_penalty=1.1, temperature=0.6, top_k=20, top_p=1.0, do_sample=True,
+    )  # fmt: skip
+    lines: list[str] = []
+    graph_of(tmp_path, teacher, student, lines)
+    (line,) = lines
+    assert line.startswith("student: its generation_config.json sets ")
+    assert line.endswith("; what is made from it is trained, evaluated and saved without")
+    for shown in ("repetition_penalty = 1.1", "temperature = 0.6", "top_k = 20", "do_sample = True"):
+        assert shown in line
+    assert "top_p" not in line
+
+
+# -- the whole way ---------------------------------------------------------------------------------
+
+KD = {"batch_size": 4, "micro_batch_size": 4, "lr": 1e-2, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher, base, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a student that was distilled from a teacher which had learnt a few chats; what the run said."""
+    root = tmp_path_factory.mktemp("distilled")
+    rows = [{"instruction": f"task {word}", "response": f"Write {word}."} for word in ("one", "two", "six", "ten")]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    (root / "test.jsonl").write_text(json.dumps({"instruction": "task of the test", "response": "x"}))
+    teacher_of = {"source": str(teacher), "precision": "fp32", "prepare": [{"objective": "sft", "steps": 60, **KD}]}
+    given = {
+        "name": "ends",
+        "models": {"teacher": teacher_of, "student": {"source": str(base)}},
+        "chain": {"paths": [["teacher", "student"]]},
+        "data": {"source": str(root / "rows.jsonl"), "test": str(root / "test.jsonl"), "template": "chat"},
+        "phases": [{"objective": "kd", "steps": 80, **KD}],
+        "evaluation": {"max_new_tokens": 4},
+        "run": {"device": "cpu"},
+    }
+    lines: list[str] = []
+    run = distill(given, root / "out", echo=lines.append)
+    return run.students["teacher > student"], lines
+
+
+def test_the_saved_student_stops_by_itself(distilled):
+    folder, _ = distilled
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "task six"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=40)[0, ids["input_ids"].shape[1] :].tolist()
+    assert answer[-1] == TURN_END and TURN_END not in answer[:-1]
+    assert tokenizer.decode(answer, skip_special_tokens=True) == "Write six."
+    ask = pipeline("text-generation", model=str(folder))
+    (said,) = ask(chat, max_new_tokens=40, return_full_text=False)
+    assert said["generated_text"] == "Write six."
+    batch = ask([chat, [{"role": "user", "content": "task ten"}]], max_new_tokens=40, batch_size=2)
+    assert [b[0]["generated_text"][-1]["content"] for b in batch] == ["Write six.", "Write ten."]
+
+
+def test_the_saved_files_name_the_trained_end_and_nothing_of_how_to_sample(distilled):
+    folder, lines = distilled
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [TURN_END, TEXT_END] and generation["pad_token_id"] == TURN_END
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == [TURN_END, TEXT_END]
+    assert decoding_settings(folder) == {}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token_id) == ("<|im_end|>", TURN_END)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert sum(line.startswith("every answer ends with '<|im_end|>' (2)") for line in lines) == 1
