@@ -204,6 +204,9 @@ class TrainConfig(Frozen):
         "bucket", description="how padding stays under 5 %: sequences of like length in a forward, or several in a row"
     )
     gradient_checkpointing: bool = Field(False, description="make activations again in the backward pass")
+    save_dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of a finished student's weights on disk; default: that of the checkpoint it began as"
+    )
     loss_chunk_mb: MiB = Field(256, ge=1, description="memory budget of the fused loss's logits, in MiB")
 
 

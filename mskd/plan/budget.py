@@ -216,7 +216,10 @@ class Budget:
 
     @property
     def disk(self) -> int | None:
-        """Bytes under OUT: fp32 weights of every model cut and after every phase, and one state (weights, AdamW's)."""
+        """Bytes under OUT at most: fp32 weights of every model cut and after every phase, and one state with AdamW's.
+
+        Students of a 16-bit checkpoint are saved in 16 bits, and so take half of that.
+        """
         used = {name for path in self.config.chain.paths for name in path}
         if self.unknown or used - set(self.shapes):
             return None

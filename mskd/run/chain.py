@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mskd import models
 from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
@@ -25,6 +27,7 @@ from mskd.config.versions import versions
 from mskd.evaluation import evaluate
 from mskd.models import Teacher, prune
 from mskd.models.batch import SequenceBatch
+from mskd.models.folder.stored import DTYPES, stored_dtype
 from mskd.run import card, card_figures
 from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
@@ -260,8 +263,9 @@ class Chain:
             influence = prune.block_influence(model, [self._sequences(p).to(self.hardware.device) for p in parts])
             keep = prune.choose_layers(influence, node.config.layers)
             self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
-            with new_folder(cut) as tmp:
-                models.save_model(prune.cut(model, keep), self.tokenizer, tmp, ends=self.graph.ends)
+            with new_folder(cut) as tmp:  # in the dtype of what it is cut from: not a bit changes
+                dtype = stored_dtype(folder)
+                models.save_model(prune.cut(model, keep), self.tokenizer, tmp, ends=self.graph.ends, dtype=dtype)
                 write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
         self.accelerator.wait_for_everyone()
         if node.phases:
@@ -281,6 +285,17 @@ class Chain:
             trust_remote_code=config.trust_remote_code,
         )
 
+    def _save_dtype(self, node: Node) -> torch.dtype | None:
+        """Of a hop's student: `train.save_dtype`, else its checkpoint's. None, fp32, of a model that is prepared.
+
+        Hops train on from a prepared model: rounded to 16 bits it would lose small updates. A hop's student is what the
+        run is for; where it teaches the next hop, it teaches as it was saved and evaluated.
+        """
+        if node.teacher is None or node.start is None:
+            return None
+        asked = self.config.train.save_dtype
+        return DTYPES[asked] if asked else stored_dtype(self.graph.folders[self.graph.origin(node.start.name)])
+
     def _train(self, node: Node, start: Path, teacher: Node | None) -> dict[str, Any]:
         shown = " then ".join(p.objective for p in node.phases)
         self.echo(f"{node.key}: {shown}" + (f" against {teacher.name} ({teacher.config.precision})" if teacher else ""))
@@ -298,6 +313,7 @@ class Chain:
             config=self.config,
             hardware=self.hardware,
             accelerator=self.accelerator,
+            save_dtype=self._save_dtype(node),
             stop=self.stop,
             validate_rollouts=self._validator(node, teacher) if teacher else None,
         )

@@ -244,7 +244,7 @@ class Graph:
 
     def _common(self) -> dict[str, Any]:
         """What the hash of every trained node covers besides its own."""
-        train = self.config.train.model_dump() | {"precision": self.hardware.mixed_precision}
+        train = self.config.train.model_dump(exclude_none=True) | {"precision": self.hardware.mixed_precision}
         return {
             "format": FORMAT,
             "seed": self.config.seed,

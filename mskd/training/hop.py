@@ -108,7 +108,7 @@ def train(job: Job) -> dict[str, Any]:
             saved = None
     if acc.is_main_process:
         with new_folder(job.directory / "model") as folder:
-            save_model(job.student, job.tokenizer, folder, ends=job.ends)
+            save_model(job.student, job.tokenizer, folder, ends=job.ends, dtype=job.save_dtype)
         done = {
             "weights": weights_digest(job.directory / "model"),
             "parameters": sum(p.numel() for p in job.student.parameters()),
@@ -242,7 +242,7 @@ def finish_phase(job: Job, phase: Phase, progress: Progress, saver: Saver) -> No
     """Leave the phase's weights as a model of their own, unless they are the hop's result, and go on to the next."""
     if progress.phase < len(job.phases) - 1 and job.accelerator.is_main_process:
         with new_folder(job.directory / "phases" / f"{progress.phase}-{phase.objective}") as folder:
-            save_model(job.student, job.tokenizer, folder, ends=job.ends)
+            save_model(job.student, job.tokenizer, folder, ends=job.ends, dtype=job.save_dtype)
     progress.phase_seconds.append(round(progress.seconds - sum(progress.phase_seconds), 1))
     progress.phase, progress.step, progress.best, progress.best_step = progress.phase + 1, 0, None, 0
     progress.skipped_in_a_row = 0

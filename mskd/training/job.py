@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mskd.config import Config
 from mskd.config.hardware import Hardware
 from mskd.config.phases import Phase
@@ -34,5 +36,6 @@ class Job:
     config: Config
     hardware: Hardware
     accelerator: Accelerator
+    save_dtype: torch.dtype | None = None  # of the finished weights on disk; None: fp32, as they are trained
     stop: Callable[[], bool] = lambda: False
     validate_rollouts: Callable[[Any, str], float] | None = None  # of a minillm phase with keep = "best"

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from chain_setup import tree, write_rows
+from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, build_llama, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from mskd.config import parse
 from mskd.config.hardware import detect
 from mskd.data.ends import answer_ends
+from mskd.models import save_model
 from mskd.models.folder.declared import decoding_settings
+from mskd.models.folder.stored import tensors
+from mskd.report import report
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph
 
@@ -111,7 +115,16 @@ KD = {"batch_size": 4, "micro_batch_size": 4, "lr": 1e-2, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
-def distilled(teacher, base, tmp_path_factory) -> tuple[Path, list[str]]:
+def no_report():
+    """Runs without the seconds that a report's figures take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", lambda folder: folder)
+        patch.setattr(report, "summary", lambda folder: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def distilled(teacher, base, tmp_path_factory, no_report) -> tuple[Path, list[str]]:
     """The folder of a student that was distilled from a teacher which had learnt a few chats; what the run said."""
     root = tmp_path_factory.mktemp("distilled")
     rows = [{"instruction": f"task {word}", "response": f"Write {word}."} for word in ("one", "two", "six", "ten")]
@@ -157,3 +170,54 @@ def test_the_saved_files_name_the_trained_end_and_nothing_of_how_to_sample(disti
     assert (tokenizer.eos_token, tokenizer.pad_token_id) == ("<|im_end|>", TURN_END)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     assert sum(line.startswith("every answer ends with '<|im_end|>' (2)") for line in lines) == 1
+
+
+def dtypes(folder: Path) -> set[str]:
+    return {dtype for _, dtype, _ in tensors(folder)}
+
+
+def test_the_student_is_saved_in_the_dtype_of_its_checkpoint_and_what_is_trained_on_is_not(distilled):
+    folder, _ = distilled
+    assert dtypes(folder) == {"BF16"}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {p.dtype for p in AutoModelForCausalLM.from_pretrained(folder).parameters()} == {torch.bfloat16}
+    assert dtypes(next(folder.parents[2].glob("models/teacher-*")) / "model") == {"F32"}  # prepared, not yet distilled
+
+
+def test_cuts_are_exact_and_save_dtype_changes_the_students_alone(base, teacher, tmp_path, no_report):
+    models = {
+        "teacher": {"source": str(teacher), "precision": "fp32"},
+        "base": {"source": str(base)},
+        "student": {"from": "base", "layers": 1},
+    }
+    phases = [{"objective": "kd", "steps": 1, "batch_size": 2, "warmup_steps": 0}]
+    given = tree(
+        teacher, write_rows(tmp_path / "rows.jsonl"), models=models, phases=phases, train={"save_dtype": "fp32"}
+    )
+    given["chain"], given["data"] = {"paths": [["teacher", "student"]]}, given["data"] | {"test": 1}
+    distill(parse(given), tmp_path / "out", echo=lambda line: None)
+    (cut,) = (tmp_path / "out").glob("models/student-*")
+    assert dtypes(cut / "model") == {"BF16"}
+    own, source = load_file(cut / "model" / "model.safetensors"), load_file(base / "model.safetensors")
+    (kept,) = json.loads((cut / "model" / "layers.json").read_text())["kept"]
+    for name, tensor in own.items():
+        assert torch.equal(tensor, source[name.replace("layers.0.", f"layers.{kept}.")])
+    (hop,) = (tmp_path / "out").glob("hops/student-*")
+    assert dtypes(hop / "model") == {"F32"}
+
+
+def test_an_unset_save_dtype_leaves_every_hash_as_it_was(teacher, tmp_path):
+    unset, bf16 = (
+        graph_of(tmp_path, teacher, teacher, **changes) for changes in ({}, {"train": {"save_dtype": "bf16"}})
+    )
+    hop = "teacher>student"
+    assert unset.nodes[hop].hash != bf16.nodes[hop].hash and unset.nodes["student"].hash == bf16.nodes["student"].hash
+    assert "save_dtype" not in unset._common()["train"]
+
+
+def test_weights_that_fp16_cannot_hold_are_not_saved_in_it(tmp_path):
+    model = build_llama(build_tokenizer(), layers=1)
+    with torch.no_grad():
+        model.model.norm.weight[0] = 70000.0
+    with pytest.raises(FloatingPointError, match="model.norm.weight holds numbers beyond fp16's 65504"):
+        save_model(model, build_tokenizer(), tmp_path, dtype=torch.float16)
