@@ -13,11 +13,11 @@ from typing import Any
 from mskd import models
 from mskd.config import ConfigError, DataConfig, EvaluateConfig
 from mskd.config.hardware import check_backend, detect
-from mskd.data.ends import answer_ends
-from mskd.data.instructions import Example, load_data, load_items
+from mskd.data.instructions import Example, end_token_id, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.columns import COLUMNS, DASH, figure
 from mskd.evaluation.statistics import Lines, read_lines, summarize
+from mskd.models.folder.declared import answer_ends
 from mskd.store.files import check_writable
 from mskd.store.hashes import digest, weights_digest
 from mskd.store.progress import ticker
@@ -70,7 +70,7 @@ def evaluate_model(
     loaded = models.load_model(folder, device=hardware.device, attention=hardware.attention)
     echo(f"{model}: {models.num_parameters(loaded):,} parameters on {hardware.name}")
     directory = out / "evals" / weights_digest(folder)[:16]
-    ends = answer_ends(tokenizer, settings.data.template, [folder])
+    ends = answer_ends(end_token_id(tokenizer, settings.data.template), [folder], len(tokenizer))
     found: dict[str, Any] = {}
     for source, (items, fingerprint) in sets.items():
         path = directory / evaluate.file_name(Path(source).stem, fingerprint, settings.evaluation, hashes, ends)

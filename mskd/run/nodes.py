@@ -16,9 +16,8 @@ from mskd.config import Config, ConfigError, ModelConfig
 from mskd.config.hardware import Hardware, check_backend
 from mskd.config.phases import Phase
 from mskd.config.problems import local_path
-from mskd.data.ends import answer_ends
-from mskd.data.instructions import Example, Splits, further, load_data, load_items, load_text
-from mskd.models.folder.declared import decoding_settings
+from mskd.data.instructions import Example, Splits, end_token_id, further, load_data, load_items, load_text
+from mskd.models.folder.declared import answer_ends, decoding_settings
 from mskd.store.hashes import FORMAT, digest
 from mskd.training.optim import check_optimizer
 
@@ -102,7 +101,8 @@ class Graph:
         self.sizes = self._sizes(used)
         tokenizers = self._tokenizers()
         self.tokenizer = tokenizers[self.origin(config.chain.paths[0][0])]
-        self.ends = answer_ends(self.tokenizer, config.data.template, self.folders.values())
+        trained = end_token_id(self.tokenizer, config.data.template)
+        self.ends = answer_ends(trained, self.folders.values(), len(self.tokenizer))
         # A run of models that all name one end and no other has it in its tokenizer's and its data's hash already.
         self._one_end = len(self.ends) == 1 and len({t.eos_token_id for t in tokenizers.values()}) == 1
         if before is None:

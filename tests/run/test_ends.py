@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mskd.config import parse
 from mskd.config.hardware import detect
-from mskd.data.ends import answer_ends
 from mskd.models import save_model
-from mskd.models.folder.declared import decoding_settings
+from mskd.models.folder.declared import answer_ends, decoding_settings
 from mskd.models.folder.stored import tensors
 from mskd.report import report
 from mskd.run.chain import distill
@@ -91,7 +90,7 @@ def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
     folder = write_model(
         tmp_path, layers=1, seed=1, eos="<|im_end|>", template=None, eos_token_id=[TURN_END, 320, 9999]
     )
-    assert answer_ends(build_tokenizer(), "alpaca", [folder]) == (TURN_END,)
+    assert answer_ends(TURN_END, [folder], len(build_tokenizer())) == (TURN_END,)
 
 
 def test_settings_of_generate_are_left_behind_and_named(teacher, tmp_path):

@@ -1,12 +1,13 @@
 """What a model's folder declares about decoding: the ids that end an answer, and settings of `generate`.
 
-declared_ends(folder)        # (2, 411)
-decoding_settings(folder)    # {"repetition_penalty": 1.1, "temperature": 0.6}
+declared_ends(folder)              # (2, 411)
+answer_ends(411, [folder], 512)    # (411, 2)
+decoding_settings(folder)          # {"repetition_penalty": 1.1, "temperature": 0.6}
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def declared_ends(folder: Path) -> tuple[int, ...]:
                 raise ConfigError(f"{path}: eos_token_id is {given!r}; it must be an id or a list of ids")
             return as_ends(ids)
     return ()
+
+
+def answer_ends(trained: int, folders: Iterable[Path], vocabulary: int) -> tuple[int, ...]:
+    """Ids that end an answer wherever one is sampled, of which the first ends the responses that are trained on.
+
+    trained: that one; the models in `folders` may declare more. Those outside the vocabulary are left out. Raises
+    ConfigError.
+    """
+    declared = {i for folder in folders for i in declared_ends(folder) if 0 <= i < vocabulary}
+    return (trained, *sorted(declared - {trained}))
 
 
 def decoding_settings(folder: Path) -> dict[str, Any]:
