@@ -60,6 +60,10 @@ def evaluate_model(
     folder = models.resolve_source(model)
     tokenizer = models.load_tokenizer(folder)
     sets = {s: _items(settings.data.model_copy(update={"source": s}), settings, tokenizer) for s in sources}
+    rows = {model: models.size_of(folder).vocabulary}
+    for source, (items, _) in sets.items():
+        ids = ((*e.prompt_ids, *e.response_ids) for e in items)
+        models.check_ids(tokenizer, ids, rows, f"{source}: a row")
     judges: dict[str, models.Teacher] = {}
     hashes: dict[str, str] = {}
     if teacher is not None:

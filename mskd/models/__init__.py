@@ -8,11 +8,11 @@ from mskd.models.size import Size, num_layers, num_parameters, size_of
 from mskd.models.sources import content_hash, resolve_source
 from mskd.models.student import Student
 from mskd.models.teacher import Teacher, check_offload, check_precision, load_teacher
-from mskd.models.tokenizer import check_same_tokenizer, load_tokenizer
+from mskd.models.tokenizer import check_ids, check_same_tokenizer, load_tokenizer
 
 __all__ = [
-    "FAMILIES", "Family", "Head", "SequenceBatch", "Size", "Student", "Teacher", "backbone", "check_offload",
-    "check_precision", "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of", "head_of",
-    "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers", "num_parameters", "resolve_source",
-    "save_model", "size_of",
+    "FAMILIES", "Family", "Head", "SequenceBatch", "Size", "Student", "Teacher", "backbone", "check_ids",
+    "check_offload", "check_precision", "check_same_tokenizer", "content_hash", "copy_as", "decoder_of", "family_of",
+    "head_of", "layers_of", "load_model", "load_teacher", "load_tokenizer", "num_layers", "num_parameters",
+    "resolve_source", "save_model", "size_of",
 ]  # fmt: skip

@@ -34,6 +34,7 @@ class Size:
     layers: int
     parameters: int
     per_layer: int
+    vocabulary: int  # rows of the embedding
 
     def cut_to(self, layers: int | None) -> int:
         """Parameters with so many of its layers kept; None: all."""
@@ -41,7 +42,7 @@ class Size:
 
 
 def size_of(folder: Path, *, trust_remote_code: bool = False) -> Size:
-    """Layers and parameters of the model of a folder, from its configuration. Raises ConfigError."""
+    """Layers, parameters and rows of the embedding of a folder's model, from its configuration. Raises ConfigError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(folder, folder)
@@ -52,5 +53,6 @@ def size_of(folder: Path, *, trust_remote_code: bool = False) -> Size:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
         raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
-    layers = layers_of(model)
-    return Size(len(layers), num_parameters(model), num_parameters(layers[0]))
+    layers: Any = layers_of(model)
+    embedding: Any = model.get_input_embeddings()
+    return Size(len(layers), num_parameters(model), num_parameters(layers[0]), embedding.num_embeddings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,28 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_ids(
+    tokenizer: PreTrainedTokenizerBase, sequences: Iterable[Sequence[int]], rows: Mapping[str, int], where: str
+) -> None:
+    """ConfigError where the padding token, or one of the sequences, has an id beyond the embedding of a model.
+
+    rows: of every model's embedding, by the model's name. where: what the sequences are, for the message.
+    """
+    size = 1 + max(tokenizer.get_vocab().values())
+    name = min(rows, key=rows.__getitem__)
+    if size <= rows[name]:
+        return
+    for source, ids in chain([("the padding", [tokenizer.pad_token_id])], ((where, s) for s in sequences)):
+        worst = max(ids, default=0)
+        if worst >= rows[name]:
+            token = tokenizer.convert_ids_to_tokens(worst)
+            raise ConfigError(
+                f"{source} holds the token {token!r}, id {worst}, but the embedding of {name} has {rows[name]} rows "
+                f"for a tokenizer of {size} tokens: tokens were added without a resize; call "
+                "model.resize_token_embeddings(len(tokenizer)) and save the model, or take them out of the tokenizer"
+            )
 
 
 PROBE = "In 1984, Zoë's 12345 cats don't\trun.\n\n  x = [y**2]; 日本語 😀 <|im_end|></s>"

@@ -6,7 +6,7 @@ before anything is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class Graph:
                     echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.layers: dict[str, int] = {}  # of every model, as `sizes` its parameters
+        self.rows: dict[str, int] = {}  # of every source's embedding
         self.sizes = self._sizes(used)
         tokenizers = self._tokenizers()
         self.tokenizer = tokenizers[self.origin(config.chain.paths[0][0])]
@@ -123,18 +124,26 @@ class Graph:
         """Instruction data, plain text, and the hash of what of the data is trained on."""
         c = self.config
         data = load_data(c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
+        for split in (data.train, data.validation, data.test):
+            self._check_ids(split, c.data.source)
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
+        models.check_ids(self.tokenizer, text, self.rows, f"{c.data.text}: a line")
         rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
         return data, text, digest([len(data.validation), rows])  # the test split determines no weights
 
     def _further(self, source: str, echo: Callable[[str], None]) -> Items:
         """The items of a further data set and their fingerprint; says how many of them the students train on."""
         items, fingerprint = load_items(further(self.config.data, source), self.tokenizer, "evaluation.data")
+        self._check_ids(items, source)
         trained = {e.prompt for e in self.data.train}
         seen = sum(e.prompt in trained for e in items)
         if seen:
             echo(f"{source}: {seen} of {len(items)} items have the prompt of a training row")
         return items, fingerprint
+
+    def _check_ids(self, examples: Iterable[Example], source: str) -> None:
+        ids = ((*e.prompt_ids, *e.response_ids) for e in examples)
+        models.check_ids(self.tokenizer, ids, self.rows, f"{source}: a row")
 
     def origin(self, name: str) -> str:
         """The source model that a model is cut from, in however many cuts; itself where it is a source."""
@@ -160,6 +169,7 @@ class Graph:
         for name in used:
             m, source = self.config.models[name], self.origin(name)
             size = models.size_of(self.folders[source], trust_remote_code=self.config.models[source].trust_remote_code)
+            self.rows[source] = size.vocabulary
             has = self._layers(m.from_, size.layers) if m.from_ else size.layers
             if m.layers is not None and m.layers > has:
                 raise ConfigError(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, build_llama, build_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from mskd.config import parse
+from mskd.config import parse, to_toml
 from mskd.config.hardware import detect
 from mskd.models import save_model
 from mskd.models.folder.declared import answer_ends, decoding_settings
@@ -106,6 +106,54 @@ def test_settings_of_generate_are_left_behind_and_named(teacher, tmp_path):
     for shown in ("repetition_penalty = 1.1", "temperature = 0.6", "top_k = 20", "do_sample = True"):
         assert shown in line
     assert "top_p" not in line
+
+
+# -- ids that a model has no place for -------------------------------------------------------------
+
+
+def grown(folder: Path, add) -> Path:
+    """A tiny model of 320 tokens whose tokenizer was given one more without a resize."""
+    write_model(folder, layers=3, seed=1, eos="<|im_end|>", template=CHAT_TEMPLATE)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    add(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def rows_with(path: Path, text: str) -> Path:
+    lines = write_rows(path).read_text().splitlines()
+    lines[5] = json.dumps({"instruction": "the fifth", "response": text})
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("add", "says"),
+    [
+        (lambda t: t.add_tokens(["<a>"]), "rows.jsonl: a row holds the token '<a>', id 320"),
+        (lambda t: t.add_special_tokens({"pad_token": "[PAD]"}), "the padding holds the token '[PAD]', id 320"),
+    ],
+    ids=["word", "padding"],
+)
+@pytest.mark.parametrize("command", ["distill", "evaluate"])
+def test_an_id_beyond_the_embedding_is_refused_before_anything_is_trained(command, add, says, tmp_path, run):
+    model, data = grown(tmp_path / "model", add), rows_with(tmp_path / "rows.jsonl", "has an <a> in it")
+    if command == "distill":
+        given = tree(model, data, name="ids")
+        (tmp_path / "run.toml").write_text(to_toml(parse(given)))
+        code, out, err = run("distill", tmp_path / "run.toml", "--out", tmp_path / "out")
+    else:
+        code, out, err = run("evaluate", model, "--data", data, "--out", tmp_path / "out")
+    assert code == 2 and not any("Traceback" in line for line in err)
+    assert (
+        says in err[-1] and "has 320 rows for a tokenizer of 321 tokens: tokens were added without a resize" in err[-1]
+    )
+    assert not list((tmp_path / "out").glob("*/*/done.json"))
+
+
+def test_tokens_beyond_the_embedding_that_no_row_holds_do_no_harm(tmp_path):
+    model = grown(tmp_path / "model", lambda t: t.add_tokens(["<a>"]))  # Gemma 3's text models have one
+    assert graph_of(tmp_path, model, model).rows == {"teacher": 320, "student": 320}
 
 
 # -- the whole way ---------------------------------------------------------------------------------
