@@ -72,7 +72,7 @@ def _table(model: type[BaseModel], leave_out: Collection[str] = ()) -> str:
     rows = ["| key | default | allowed | what it is |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         key = field.alias or name
-        if key in leave_out:
+        if key in leave_out or field.exclude:
             continue
         shown = properties["properties"][key]
         default = (

@@ -67,8 +67,15 @@ class ModelConfig(Frozen):
     )
     precision: Precision = Field("int8", description="of the weights while this model is a frozen teacher")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(False, description="run the Python code that comes with the model")
+    trust_remote_code: bool = Field(False, exclude=True)  # old configurations name it; nothing runs a folder's code
     prepare: tuple[Phase, ...] = Field((), description="phases that this model goes through once, before any hop")
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _no_code(cls, given: bool) -> bool:
+        if given:
+            raise ValueError("mskd runs no code of a model's folder, only transformers' own classes; take the line out")
+        return given
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

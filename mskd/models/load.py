@@ -6,6 +6,7 @@ model = load_model(folder)                          # fp32, dropout off
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mskd.config import ConfigError
-from mskd.models.heads import FAMILIES, unknown_family
-from mskd.models.sources import check_folder, first_line, quiet, read_json
+from mskd.models.folder.architecture import check_architecture
+from mskd.models.folder.quantised import check_codes, loading_options, plain
+from mskd.models.sources import check_folder, first_line, quantised_as, quiet, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,32 +42,44 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     device: torch.device | str = "cpu",
     attention: str = "sdpa",
-    trust_remote_code: bool = False,
     quantization_config: Any = None,
 ) -> PreTrainedModel:
     """The causal language model of a folder, in eval mode, every dropout set to 0 for good.
 
-    dtype: of the parameters; "auto" is the checkpoint's own. Raises ConfigError: no model, pickles only, damaged or
-    missing weights, unknown architecture.
+    dtype: of the parameters; "auto" is the checkpoint's own, fp32 where its weights are quantised. Raises ConfigError:
+    no model, pickles only, damaged or missing weights, unknown architecture, codes that cannot be made plain weights.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(folder)
     check_folder(folder, folder)
-    config = read_json(folder / "config.json")
-    names = config.get("architectures") or []
-    if names and names[0] not in FAMILIES:  # said before gigabytes are read
-        raise unknown_family(names[0])
-    options: dict[str, Any] = {}
+    check_architecture(folder)
+    check_codes(folder)
+    stored = loading_options(folder)
+    if stored and quantization_config is not None:
+        raise ConfigError(f"{folder} is quantised already ({quantised_as(folder)}); use precision int8, not llm_int8")
+    options: dict[str, Any] = {"dtype": dtype, **stored}
     if quantization_config is not None:
-        options = {"quantization_config": quantization_config, "device_map": {"": device}}
+        options |= {"quantization_config": quantization_config, "device_map": {"": device}}
+    model = _read(folder, attention, options)
+    if stored:
+        with quiet():
+            model = cast(plain(model), dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    _no_dropout(model)
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):
+        embedding.padding_idx = None  # where pad == eos it drops the end token's gradient; padding never counts here
+    return model.eval() if quantization_config is not None else model.to(device).eval()  # type: ignore[arg-type]
+
+
+def _read(folder: Path, attention: str, options: dict[str, Any]) -> Any:
+    """What from_pretrained makes of a folder, every weight in its place and every place filled."""
+    from transformers import AutoModelForCausalLM
+
     with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=dtype,
-                attn_implementation=_attention(config, attention),
-                trust_remote_code=trust_remote_code,
+                attn_implementation=_attention(read_json(folder / "config.json"), attention),
+                trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
@@ -81,16 +95,29 @@ def load_model(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"the weights in {folder} do not fit config.json: {missing[0]}{more} missing or misshapen")
-    _no_dropout(model)
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None  # where pad == eos it drops the end token's gradient; padding never counts here
-    return model.eval() if quantization_config is not None else model.to(device).eval()
+    left_out = _left_out(model, report["unexpected_keys"])
+    if left_out:
+        raise ConfigError(f"the weights in {folder} do not fit config.json, whose model has no place for {left_out}")
+    return model
 
 
 def _attention(config: dict[str, Any], attention: str) -> str:
     """Gemma 2 soft-caps its attention scores. SDPA cannot: transformers 5.10 leaves the cap out there, 5.23 refuses."""
     return "eager" if attention == "sdpa" and config.get("model_type") == "gemma2" else attention
+
+
+def _left_out(model: PreTrainedModel, keys: Iterable[str]) -> str | None:
+    """The first key of a checkpoint that no parameter takes although it belongs to a layer that the model has.
+
+    A bias or a scale that is left out makes another model. Old checkpoints' masks belong to no layer with parameters.
+    """
+    modules = dict(model.named_modules())
+    for key in sorted(keys):
+        owner = key.rpartition(".")[0]
+        layer = modules.get(owner) or modules.get(f"{model.base_model_prefix}.{owner}")
+        if layer is not None and not any(True for _ in layer.children()) and any(True for _ in layer.parameters()):
+            return key
+    return None
 
 
 def _no_dropout(model: PreTrainedModel) -> None:

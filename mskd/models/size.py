@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from mskd.config import ConfigError
+from mskd.models.folder.architecture import check_architecture
+from mskd.models.folder.quantised import check_codes
 from mskd.models.heads import layers_of
-from mskd.models.sources import check_folder, first_line, quiet, read_json
+from mskd.models.sources import check_folder, first_line, quiet
 
 if TYPE_CHECKING:
     pass
@@ -41,16 +43,17 @@ class Size:
         return self.parameters - (0 if layers is None else (self.layers - layers) * self.per_layer)
 
 
-def size_of(folder: Path, *, trust_remote_code: bool = False) -> Size:
+def size_of(folder: Path) -> Size:
     """Layers, parameters and rows of the embedding of a folder's model, from its configuration. Raises ConfigError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(folder, folder)
-    read_json(folder / "config.json")
+    check_architecture(folder)
+    check_codes(folder)
     try:
         with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as e:
         raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
     layers: Any = layers_of(model)

@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+QUANTISED = ("bitsandbytes", "fp8")  # kinds of quantised folders that folder/quantised.py turns into plain weights
 CARD_FILES = ("README.md", "LICENSE*", "LICENCE*")  # for the licence; no part of a model's content
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Keys of JSON files that say where a model was or who wrote it, not what it is.
@@ -100,7 +101,14 @@ def _allowed() -> str:
 
 
 def check_folder(folder: Path, name: str | Path) -> None:
-    """ConfigError unless `folder` holds a config.json and safetensors."""
+    """ConfigError unless `folder` holds a config.json and safetensors of a whole model, whose weights can be read."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path") or "another model"
+        raise ConfigError(
+            f"{name} is an adapter of {base}; merge it first (peft's AutoPeftModelForCausalLM.from_pretrained, "
+            "merge_and_unload, save_pretrained) and give the merged folder, without adapter_config.json"
+        )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{name} is no model: there is no config.json in {folder}")
     if not any(folder.glob("*.safetensors")):
@@ -109,6 +117,25 @@ def check_folder(folder: Path, name: str | Path) -> None:
         if pickles:
             found = f"only pickled weights ({pickles[0]}), which mskd never reads; convert them to safetensors"
         raise ConfigError(f"{name} has no *.safetensors in {folder}: {found}")
+    kind = quantised_as(folder)
+    if kind not in (None, *QUANTISED):
+        raise ConfigError(
+            f"{name} is quantised already ({kind}), and mskd reads only {' and '.join(QUANTISED)} so; "
+            "give the folder or hub id of the model with plain weights"
+        )
+
+
+def quantised_as(folder: Path) -> str | None:
+    """The kind of quantisation in which a folder's weights are stored, as its config.json names it; None: plain."""
+    path = folder / "config.json"
+    given = read_json(path).get("quantization_config") if path.is_file() else None
+    if not given:
+        return None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path} is damaged: quantization_config holds a {type(given).__name__}")
+    if given.get("load_in_8bit") or given.get("load_in_4bit"):  # bitsandbytes' folders once had no other mark
+        return "bitsandbytes"
+    return str(given.get("quant_method") or "a kind without quant_method")
 
 
 # -- known names and GGUF files -------------------------------------------------------------------

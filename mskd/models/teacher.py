@@ -51,9 +51,7 @@ class Teacher:
             return hidden_at(self.model, inputs)
 
 
-def load_teacher(
-    folder: Path, precision: Precision, hardware: Hardware, *, trust_remote_code: bool = False, offload: bool = False
-) -> Teacher:
+def load_teacher(folder: Path, precision: Precision, hardware: Hardware, *, offload: bool = False) -> Teacher:
     """The frozen model of a folder, its layers' weights in `precision`, on hardware.device.
 
     int8: weight-only (see quantize.py), activations in hardware.teacher_dtype. Embedding and lm_head stay in it too:
@@ -65,7 +63,7 @@ def load_teacher(
     if offload:
         check_offload(precision, hardware)
     dtype, device = hardware.teacher_dtype, hardware.device
-    options: dict[str, Any] = {"attention": hardware.attention, "trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {"attention": hardware.attention}
     if precision == "int8":
         # In the checkpoint's own dtype: int8 weights then depend on the checkpoint alone, not on this machine.
         model = load_model(folder, dtype="auto", **options)

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; it has an end token, and a padding token or that one for it. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as e:  # the tokenizers package raises bare Exceptions
+            if "trust_remote_code" in str(e):
+                why = "it brings code of its own (auto_map in tokenizer_config.json), and mskd runs no code of a folder"
+                raise ConfigError(f"cannot load the tokenizer in {folder}: {why}") from None
             raise ConfigError(f"cannot load the tokenizer in {folder}: {first_line(e)}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer in {folder} has no end-of-sequence token; responses could not end")

@@ -151,9 +151,8 @@ class Bench:
         if out.exists():
             figures = evaluate.summarize(out)
         else:
-            trust, options = node.config.trust_remote_code, {"attention": self.hardware.attention}
-            teacher = models.load_teacher(node.folder, node.config.precision, self.hardware, trust_remote_code=trust)
-            model = models.load_model(folder, device=self.hardware.device, trust_remote_code=trust, **options)
+            teacher = models.load_teacher(node.folder, node.config.precision, self.hardware)
+            model = models.load_model(folder, device=self.hardware.device, attention=self.hardware.attention)
             items = getattr(self.graph.data, split)
             figures = evaluate.evaluate(
                 model, self.graph.tokenizer, items, settings, out=out, teachers={top: teacher}, eos_id=self.graph.ends

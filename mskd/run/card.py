@@ -165,15 +165,14 @@ def _use(facts: Facts) -> list[Block]:
     """Code that loads the folder it stands in and answers one question under the template of the training."""
     graph = facts.graph
     chat = graph.config.data.template == "chat"
-    trust = ", trust_remote_code=True" if facts.node.config.trust_remote_code else ""
     end = graph.ends[0]  # a folder written by an older mskd may not declare it
     stop = "" if end in declared_ends(facts.node.folder) else f", eos_token_id={end}"
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'folder = "."  # where this file lies, or the model\'s id on the hub',
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})",
-        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
     ]
     if chat:
         lines += [

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from mskd import models
-from mskd.config import Config, ConfigError, ModelConfig, RunConfig, load, parse, to_toml
+from mskd.config import Config, ConfigError, RunConfig, load, parse, to_toml
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
 from mskd.config.phases import MinillmPhase
 from mskd.config.versions import versions
 from mskd.evaluation import evaluate
 from mskd.models import Teacher, prune
 from mskd.models.batch import SequenceBatch
-from mskd.models.folder.stored import DTYPES, stored_dtype
+from mskd.models.folder.stored import DTYPES, exact_dtype, stored_dtype
 from mskd.run import card, card_figures
 from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
@@ -257,14 +257,14 @@ class Chain:
         done: dict[str, Any] = {}
         cut = node.directory / ("cut" if node.phases else "model")
         if node.config.layers is not None and self.main and not cut.is_dir():
-            model = self._load(folder, node.config)
+            model = self._load(folder)
             rows = sorted(self.data.train, key=lambda e: digest(e.prompt))[:SAMPLE_ROWS]
             parts = chunks(rows, 8)
             influence = prune.block_influence(model, [self._sequences(p).to(self.hardware.device) for p in parts])
             keep = prune.choose_layers(influence, node.config.layers)
             self.echo(f"{node.key}: keeps layers {', '.join(map(str, keep))} of {len(influence)}")
-            with new_folder(cut) as tmp:  # in the dtype of what it is cut from: not a bit changes
-                dtype = stored_dtype(folder)
+            with new_folder(cut) as tmp:  # in a dtype in which not a bit changes
+                dtype = exact_dtype(folder)
                 models.save_model(prune.cut(model, keep), self.tokenizer, tmp, ends=self.graph.ends, dtype=dtype)
                 write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
         self.accelerator.wait_for_everyone()
@@ -277,13 +277,8 @@ class Chain:
             [e.prompt_ids for e in examples], [e.response_ids for e in examples], self.tokenizer.pad_token_id
         )
 
-    def _load(self, folder: Path, config: ModelConfig) -> Any:
-        return models.load_model(
-            folder,
-            device=self.hardware.device,
-            attention=self.hardware.attention,
-            trust_remote_code=config.trust_remote_code,
-        )
+    def _load(self, folder: Path) -> Any:
+        return models.load_model(folder, device=self.hardware.device, attention=self.hardware.attention)
 
     def _save_dtype(self, node: Node) -> torch.dtype | None:
         """Of a hop's student: `train.save_dtype`, else its checkpoint's. None, fp32, of a model that is prepared.
@@ -304,7 +299,7 @@ class Chain:
             directory=node.directory,
             seed=stream_seed(self.config.seed, node.hash),
             phases=node.phases,
-            student=self._load(start, node.config),
+            student=self._load(start),
             tokenizer=self.tokenizer,
             ends=self.graph.ends,
             teacher=self._teacher(teacher) if teacher else None,
@@ -358,7 +353,7 @@ class Chain:
             self.stop.check()
             self.echo(f"{node.key}: evaluating {stage}{f' on {source}' if source else ''}")
             teachers = {n.name: self._teacher(n) for n in judges}
-            model = teachers[node.name].model if node.name in teachers else self._load(folder, node.config)
+            model = teachers[node.name].model if node.name in teachers else self._load(folder)
             self._run_evaluation(model, items[0], self.out / file, teachers, ticker(f"{node.key}: evaluating {stage}"))
         return {"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"}
 
@@ -387,7 +382,6 @@ class Chain:
                 node.folder,
                 c.precision,
                 self.hardware,
-                trust_remote_code=c.trust_remote_code,
                 offload=self.config.run.teacher_offload,
             )
         return loaded[key]

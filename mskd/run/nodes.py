@@ -168,7 +168,7 @@ class Graph:
         sizes: dict[str, int] = {}
         for name in used:
             m, source = self.config.models[name], self.origin(name)
-            size = models.size_of(self.folders[source], trust_remote_code=self.config.models[source].trust_remote_code)
+            size = models.size_of(self.folders[source])
             self.rows[source] = size.vocabulary
             has = self._layers(m.from_, size.layers) if m.from_ else size.layers
             if m.layers is not None and m.layers > has:
@@ -196,10 +196,7 @@ class Graph:
     def _tokenizers(self) -> dict[str, Any]:
         """The tokenizer of every source, all of them the same but for their end tokens."""
         first = self.config.chain.paths[0][0]
-        loaded = {
-            name: models.load_tokenizer(folder, trust_remote_code=self.config.models[name].trust_remote_code)
-            for name, folder in self.folders.items()
-        }
+        loaded = {name: models.load_tokenizer(folder) for name, folder in self.folders.items()}
         top = loaded[self.origin(first)]
         for name, tokenizer in loaded.items():
             models.check_same_tokenizer(top, tokenizer, first, name)

@@ -52,7 +52,9 @@ def _twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     The model itself cannot be cast and cast back: data parallelism would lose its hooks on the parameters.
     """
     with quiet(), torch.device("meta"):
-        twin: Any = type(model)._from_config(copy.deepcopy(model.config))
+        config = copy.deepcopy(model.config)
+        vars(config).pop("auto_map", None)  # of code that is not in the folder
+        twin: Any = type(model)._from_config(config)
     cast: dict[int, Tensor] = {}  # by address: tied weights stay one
     state = {
         name: cast.setdefault(weight.data_ptr(), _cast(name, weight.detach(), dtype or weight.dtype))

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mskd.config import ConfigError
-from mskd.models.sources import first_line
+from mskd.models.sources import first_line, quantised_as
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,6 +31,11 @@ def tensors(folder: Path) -> Iterator[tuple[str, str, list[int]]]:
                     yield name, str(part.get_dtype()), part.get_shape()
         except (SafetensorError, OSError) as e:
             raise ConfigError(f"the weights in {folder} are damaged: {first_line(e)}") from None
+
+
+def exact_dtype(folder: Path) -> torch.dtype:
+    """A dtype that holds every weight of the folder's model as it is loaded: fp32 where they are quantised."""
+    return stored_dtype(folder) if quantised_as(folder) is None else torch.float32
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
