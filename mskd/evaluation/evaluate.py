@@ -31,6 +31,7 @@ from mskd.evaluation.statistics import paired_bootstrap, summarize
 from mskd.models import Head, Teacher, backbone, decoder_of, head_of
 from mskd.models.batch import SequenceBatch
 from mskd.models.folder.declared import as_ends
+from mskd.models.heads import check_positions
 from mskd.sampling.draw import draw, uniforms
 from mskd.store.files import write_text
 from mskd.store.hashes import digest, stream_seed
@@ -172,6 +173,7 @@ def _decode(
         pad_token_id=pad_id,
         use_cache=True,
     )
+    check_positions(model.config, max(map(len, prompts), default=0) + config.max_new_tokens, "an answer")
     for items in _by_length([len(p) for p in prompts], config.batch_size):
         ids, mask = _pad_left([prompts[i] for i in items], pad_id)
         sampler = _Draw(config, seed, items, model.device) if config.sample else None

@@ -99,6 +99,35 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(head.weight, head.bias, softcap=softcap)
 
 
+def steady_positions(config: Any) -> int | None:
+    """Positions up to which a rotary embedding is the same for every batch; None where it always is.
+
+    Past them longrope and dynamic turn the whole batch by other frequencies, chosen by its longest sequence: what a
+    sequence gives would depend on its neighbours, and a KV cache would hold keys of both kinds.
+    """
+    ropes = getattr(config, "rope_parameters", None) or {}
+    limits = []
+    for rope in ropes.values() if all(isinstance(r, dict) for r in ropes.values()) else [ropes]:
+        kind = rope.get("rope_type")
+        own = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+        if kind == "longrope":
+            limits.append(int(rope.get("original_max_position_embeddings") or own))
+        elif kind == "dynamic":
+            limits.append(int(config.max_position_embeddings))
+    return min(limits, default=None)
+
+
+def check_positions(config: Any, needed: int, what: str) -> None:
+    """ConfigError where `needed` positions of a model are more than `steady_positions`; what: who needs them."""
+    limit = steady_positions(config)
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"{what} needs {needed} positions, and past {limit} the rotary embedding of this {config.model_type} model "
+            "depends on the batch (rope_type longrope or dynamic), so nothing longer is read; lower data.max_tokens, "
+            f"data.max_prompt_tokens or max_new_tokens to {limit} together"
+        )
+
+
 def backbone(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -112,8 +141,12 @@ def backbone(
     input_ids [B, T] int64; attention_mask [B, past + T], 1 = counts, padding on either side, None = all count;
     position_ids [B, T], default: the number of counting tokens before each; without a mask they may begin anew within a
     row, where another sequence begins. Returns hidden [B, T, H] and a cache: None without use_cache;
-    `past_key_values` itself, grown, where it was given. Raises ConfigError for an unknown family.
+    `past_key_values` itself, grown, where it was given. Raises ConfigError for an unknown family, and for more tokens
+    than `steady_positions`.
     """
+    if position_ids is None:  # several sequences of a row begin anew: run and sampler have checked each
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        check_positions(model.config, past + input_ids.shape[1], "a batch")
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -input_ids.shape[1] :]
     out = decoder_of(model)(

@@ -37,6 +37,7 @@ class Size:
     parameters: int
     per_layer: int
     vocabulary: int  # rows of the embedding
+    config: Any  # transformers'
 
     def cut_to(self, layers: int | None) -> int:
         """Parameters with so many of its layers kept; None: all."""
@@ -58,4 +59,4 @@ def size_of(folder: Path) -> Size:
         raise ConfigError(f"cannot load the model in {folder}: {first_line(e)}") from None
     layers: Any = layers_of(model)
     embedding: Any = model.get_input_embeddings()
-    return Size(len(layers), num_parameters(model), num_parameters(layers[0]), embedding.num_embeddings)
+    return Size(len(layers), num_parameters(model), num_parameters(layers[0]), embedding.num_embeddings, config)

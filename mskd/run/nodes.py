@@ -98,7 +98,7 @@ class Graph:
                     echo(f"{name}: {source}, fetched and converted on its first use")
                 self.folders[name] = models.resolve_source(source, revision=config.models[name].revision)
         self.layers: dict[str, int] = {}  # of every model, as `sizes` its parameters
-        self.rows: dict[str, int] = {}  # of every source's embedding
+        self.sources: dict[str, models.Size] = {}  # of every source, uncut
         self.sizes = self._sizes(used)
         tokenizers = self._tokenizers()
         self.tokenizer = tokenizers[self.origin(config.chain.paths[0][0])]
@@ -117,6 +117,7 @@ class Graph:
         known = before.tests if before and same else {}
         sources = config.evaluation.data
         self.tests: dict[str, Items] = {s: known.get(s) or self._further(s, echo) for s in sources}
+        self._check_positions(phases)
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
 
@@ -127,7 +128,7 @@ class Graph:
         for split in (data.train, data.validation, data.test):
             self._check_ids(split, c.data.source)
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
-        models.check_ids(self.tokenizer, text, self.rows, f"{c.data.text}: a line")
+        models.check_ids(self.tokenizer, text, self._rows(), f"{c.data.text}: a line")
         rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
         return data, text, digest([len(data.validation), rows])  # the test split determines no weights
 
@@ -143,7 +144,25 @@ class Graph:
 
     def _check_ids(self, examples: Iterable[Example], source: str) -> None:
         ids = ((*e.prompt_ids, *e.response_ids) for e in examples)
-        models.check_ids(self.tokenizer, ids, self.rows, f"{source}: a row")
+        models.check_ids(self.tokenizer, ids, self._rows(), f"{source}: a row")
+
+    def _rows(self) -> dict[str, int]:
+        """Of the embedding of every source."""
+        return {name: size.vocabulary for name, size in self.sources.items()}
+
+    def _check_positions(self, phases: Iterable[Phase]) -> None:
+        """What is read or sampled in the run stays where no model's rotary embedding depends on the batch."""
+        examples = [e for split in (self.data.train, self.data.validation, self.data.test) for e in split]
+        examples += [e for items, _ in self.tests.values() for e in items]
+        asked = [getattr(p, "teacher_responses", None) for p in phases]
+        answers = [getattr(p, "max_new_tokens", 0) for p in [*phases, *asked, self.config.evaluation]]
+        prompt = max((len(e.prompt_ids) for e in examples), default=0)
+        read = max([*map(len, self.text), *(len(e.prompt_ids) + len(e.response_ids) for e in examples)], default=0)
+        for name, size in self.sources.items():
+            models.check_positions(size.config, read, f"{name}: the longest row")
+            models.check_positions(
+                size.config, prompt + max(answers), f"{name}: the longest prompt with max_new_tokens"
+            )
 
     def origin(self, name: str) -> str:
         """The source model that a model is cut from, in however many cuts; itself where it is a source."""
@@ -169,7 +188,7 @@ class Graph:
         for name in used:
             m, source = self.config.models[name], self.origin(name)
             size = models.size_of(self.folders[source])
-            self.rows[source] = size.vocabulary
+            self.sources[source] = size
             has = self._layers(m.from_, size.layers) if m.from_ else size.layers
             if m.layers is not None and m.layers > has:
                 raise ConfigError(

@@ -24,6 +24,7 @@ from mskd.config import ConfigError
 from mskd.models import Teacher, head_of
 from mskd.models.batch import SequenceBatch
 from mskd.models.folder.declared import as_ends
+from mskd.models.heads import check_positions
 from mskd.sampling.decode import Decoder
 from mskd.sampling.draw import signed, uniforms
 from mskd.sampling.slots import Slots
@@ -219,6 +220,7 @@ def _check(decoders: list[Decoder], prompts: Sequence[Sequence[int]], ids: Seque
         raise ConfigError("a prompt has no tokens; every prompt needs at least one to sample from")
     longest = max((len(p) for p in prompts), default=0) + max_new_tokens
     for decoder in decoders:
+        check_positions(decoder.model.config, longest, "a prompt with max_new_tokens")
         limit = getattr(decoder.model.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from chain_setup import tree, write_rows
 from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, build_llama, build_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, pipeline
 
 from mskd.config import parse, to_toml
 from mskd.config.hardware import detect
@@ -153,7 +153,36 @@ def test_an_id_beyond_the_embedding_is_refused_before_anything_is_trained(comman
 
 def test_tokens_beyond_the_embedding_that_no_row_holds_do_no_harm(tmp_path):
     model = grown(tmp_path / "model", lambda t: t.add_tokens(["<a>"]))  # Gemma 3's text models have one
-    assert graph_of(tmp_path, model, model).rows == {"teacher": 320, "student": 320}
+    assert graph_of(tmp_path, model, model).ends == (TURN_END,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"data": {"max_tokens": 95, "max_prompt_tokens": 90}, "evaluation": {"max_new_tokens": 60}},
+            "the longest prompt",
+        ),
+        ({}, "the longest row"),
+    ],
+)
+def test_longrope_past_its_first_length_is_refused_before_anything_is_trained(changes, says, tmp_path, run):
+    tokenizer = build_tokenizer()
+    config = build_llama(tokenizer, layers=3).config
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    config.rope_parameters = rope | {"original_max_position_embeddings": 100}
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    long = [{"instruction": f"{i} more", "response": "word " * (9 if changes else 30)} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    given = tree(tmp_path / "model", tmp_path / "rows.jsonl", name="long")
+    given = {key: value | changes.get(key, {}) if isinstance(value, dict) else value for key, value in given.items()}
+    (tmp_path / "run.toml").write_text(to_toml(parse(given)))
+    code, out, err = run("distill", tmp_path / "run.toml", "--out", tmp_path / "out")
+    assert (
+        code == 2 and f"teacher: {says}" in err[-1] and "past 100 the rotary embedding of this llama model" in err[-1]
+    )
+    assert not list((tmp_path / "out").glob("*/*/done.json"))
 
 
 # -- the whole way ---------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from transformers import (
 
 from mskd.config import ConfigError
 from mskd.config.phases import MinillmPhase
-from mskd.models import Teacher
+from mskd.models import Teacher, backbone
 from mskd.sampling import decode, slots
 from mskd.sampling.draw import _inverse_cdf, draw, uniforms
 from mskd.sampling.rollout import Interrupted, sample
@@ -418,6 +418,28 @@ def assert_same(a, b, tolerance):
         assert (x is None) == (y is None)
         if x is not None:
             torch.testing.assert_close(x, y, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rotary_embedding_that_follows_the_batch_is_exact_up_to_its_first_length_and_refused_past_it(kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.1], "long_factor": [4.0, 7.0], "original_max_position_embeddings": 16}
+    else:
+        rope |= {"factor": 4.0}
+    student = llama(24, seed=5, rope_parameters=rope)
+    if kind == "dynamic":
+        student.config.max_position_embeddings = 16
+    rollout = run(student, None, PROMPTS, max_new_tokens=9, batch_size=3, eos_id=-1)  # 7 + 9 positions at most
+    for i, (prompt, response) in enumerate(zip(PROMPTS, rollout.responses(), strict=True)):
+        expected, at = full_logprobs(student, [*prompt, *response]), rollout.select([i]).old_logprobs
+        own = torch.stack([expected[len(prompt) - 1 + t, token] for t, token in enumerate(response)])
+        torch.testing.assert_close(at, own, rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="needs 17 positions, and past 16 the rotary embedding"):
+        run(student, None, PROMPTS, max_new_tokens=10)
+    with pytest.raises(ConfigError, match="a batch needs 17 positions"):
+        backbone(student, torch.tensor([[3] * 17]))
+    backbone(student, torch.tensor([[3] * 16]))
 
 
 def test_a_response_ends_with_eos_or_at_the_limit():
