@@ -98,6 +98,12 @@ def _read(folder: Path, attention: str, options: dict[str, Any]) -> Any:
     left_out = _left_out(model, report["unexpected_keys"])
     if left_out:
         raise ConfigError(f"the weights in {folder} do not fit config.json, whose model has no place for {left_out}")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head.weight.data_ptr() != embedding.weight.data_ptr():
+        raise ConfigError(
+            f"config.json in {folder} ties the lm_head to the embedding, and the weights hold another lm_head; set "
+            "tie_word_embeddings to false there if that head is meant, else take it out of the weights"
+        )
     return model
 
 

@@ -65,6 +65,13 @@ def test_the_configurations_of_older_runs_load(file):
     assert config.name != "config" and parse(tomllib.loads(to_toml(config))) == config
 
 
+def test_a_models_own_code_is_never_run_and_old_configurations_that_say_so_load():
+    named = {**TREE["models"], "teacher": {"source": "somewhere", "trust_remote_code": False}}
+    assert parse({**TREE, "models": named}) == parse(TREE) and "trust_remote_code" not in to_toml(parse(TREE))
+    with pytest.raises(ConfigError, match="trust_remote_code: mskd runs no code of a model's folder, .* the line out"):
+        parse(TREE, ["models.teacher.trust_remote_code=true"])
+
+
 def test_overrides_reach_every_place():
     config = parse(
         TREE,

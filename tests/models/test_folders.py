@@ -254,6 +254,25 @@ def test_a_tied_head_may_be_stored_once_or_twice(twice, folder, tmp_path):
     assert reverse_kl(load_model(tmp_path / "again"), model) < 0.05
 
 
+def test_a_tied_head_that_is_stored_as_another_is_refused_and_an_untied_one_kept(folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 0.5 + 0.1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="ties the lm_head to the embedding, and the weights hold another lm_head"):
+        load_model(folder)
+    configure(folder, tie_word_embeddings=False)
+    model = load_model(folder)
+    save_model(model, build_tokenizer(), tmp_path / "again")
+    assert reverse_kl(load_model(tmp_path / "again"), model) == 0 < reverse_kl(build_llama(build_tokenizer()), model)
+
+
+def test_plain_weights_under_a_quantization_config_that_was_left_behind_are_read_as_they_are(folder):
+    left = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    for given in (left, left | {"load_in_4bit": False, "load_in_8bit": True}):  # of a merge of adapters, say
+        configure(folder, quantization_config=given)
+        assert reverse_kl(build_llama(build_tokenizer()), load_model(folder)) == 0
+
+
 def test_a_tokenizer_without_padding_pads_with_its_end_and_is_saved_so(folder, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.pad_token = None

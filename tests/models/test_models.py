@@ -384,6 +384,9 @@ def test_further_end_tokens_survive_saving_and_settings_of_generate_do_not(tmp_p
     own = dict(temperature=0.6, top_p=0.9, do_sample=True, repetition_penalty=5.0, max_length=9, eos_token_id=[2, 7])
     model.generation_config.update(**own)
     save_model(model, build_tokenizer(), tmp_path, ends=(2, 7))
+    model.generation_config.do_sample = False  # of checkpoints that transformers itself refuses to write again
+    save_model(model, build_tokenizer(), tmp_path / "again", ends=(2, 7))
+    model.generation_config.do_sample = True
     assert decoding_settings(tmp_path) == {}
     saved = load_model(tmp_path)
     assert (saved.generation_config.eos_token_id, saved.generation_config.pad_token_id) == ([2, 7], 2)

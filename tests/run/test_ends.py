@@ -86,6 +86,15 @@ def test_a_run_with_one_end_says_nothing_and_its_nodes_are_what_they_were(teache
     assert two.nodes["teacher>student"].hash != alone
 
 
+def test_an_end_that_only_the_template_writes_is_the_runs(tmp_path):
+    template = CHAT_TEMPLATE.replace("<|im_end|>", "<|reserved|>")
+    model = write_model(tmp_path / "m", layers=3, seed=1, eos="<|endoftext|>", template=template)
+    lines: list[str] = []
+    graph = graph_of(tmp_path, model, model, lines)
+    assert graph.ends == (RESERVED, TEXT_END) and {e.response_ids[-1] for e in graph.data.train} == {RESERVED}
+    assert lines[0].startswith("every answer ends with '<|reserved|>' (3), the template's end of turn, not with ")
+
+
 def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
     folder = write_model(
         tmp_path, layers=1, seed=1, eos="<|im_end|>", template=None, eos_token_id=[TURN_END, 320, 9999]

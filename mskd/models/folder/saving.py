@@ -61,8 +61,13 @@ def _twin(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
         for name, weight in model.state_dict().items()
     }
     twin.load_state_dict(state, assign=True)
-    twin.tie_weights()
+    if _tied(model):
+        twin.tie_weights()
     return twin
+
+
+def _tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
