@@ -126,7 +126,8 @@ def check_side(side: str, logit_scale: Any, softcap: Any) -> tuple[float, float 
 def positive(name: str, x: Any) -> float:
     value = number(name, x)
     if not 0 < value < float("inf"):
-        raise ValueError(f"{name} must be positive and finite, got {x}")
+        given = value if isinstance(x, Tensor) else x
+        raise ValueError(f"{name} must be positive and finite, got {given}")
     return value
 
 
@@ -306,6 +307,8 @@ def count(
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1 or denominator.requires_grad:
             raise ValueError("denominator must be a number or a tensor of one element that requires no grad")
+        if denominator.device.type == "cpu" and not torch.compiler.is_compiling():
+            positive("denominator", denominator)
         return denominator.reshape(()).to(like.dtype)  # one on the CPU divides a CUDA scalar without a copy
     if denominator is not None:
         return positive("denominator", denominator)

@@ -131,6 +131,9 @@ BAD_CALLS = {
     ),
     "mask has shape": lambda: reverse_kl(S, T, mask=torch.ones(5)),
     "denominator must be positive": lambda: reverse_kl(S, T, reduction="mean", denominator=0),
+    "denominator must be positive and finite, got -3.0": lambda: linear_divergence(
+        H, W, H, W, reduction="mean", denominator=torch.tensor(-3.0)
+    ),
     "denominator must be a number": lambda: reverse_kl(S, T, reduction="mean", denominator=torch.ones(6)),
     "tokens has shape": lambda: minillm_loss(S, T, **{**C, "tokens": C["tokens"][:3]}),
     "tokens must be int64": lambda: minillm_loss(S, T, **{**C, "tokens": C["tokens"].float()}),
