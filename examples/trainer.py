@@ -53,8 +53,10 @@ class DistillationTrainer(Trainer):
             reduction="mean",
             denominator=num_items_in_batch,  # labelled tokens of all accumulated batches, over all processes
             student_bias=student.bias,
+            student_logit_scale=student.scale,
             student_softcap=student.softcap,
             teacher_bias=teacher.bias,
+            teacher_logit_scale=teacher.scale,
             teacher_softcap=teacher.softcap,
         )
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
