@@ -80,8 +80,6 @@ def load_data(
     ConfigError.
     """
     seed = seed if config.seed is None else config.seed
-    if isinstance(config.test, int) and config.test < 0:
-        raise ConfigError(f"data.test is {config.test}; give a number of rows from 0 up, a file or a hub id")
     examples = _load(config.source, "data.source", config, tokenizer, need_responses)
     drawn = 0
     if isinstance(config.test, str):

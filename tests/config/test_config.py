@@ -215,6 +215,7 @@ def test_a_key_of_evaluate_is_looked_for_among_its_own():
     [
         ("data.test=true", "data.test is true: give a number of rows from 0 to 1000000000, a file or a hub id"),
         ("data.test=''", "data.test is ''"),
+        ("data.test=-1", "data.test is -1: give a number of rows from 0 to 1000000000, a file or a hub id"),
         ("data.source=''", "data.source is ''"),
         ("models.ta={source=''}", "models.ta.source is ''"),
         ("evaluation.data=['']", "evaluation.data.0 is ''"),

@@ -197,7 +197,8 @@ def test_a_model_may_be_prepared_and_cut_from_a_prepared_one(tiny_llama_folder, 
 
 def test_ten_steps_that_are_not_finite_stop_the_run_and_keep_the_last_good_state(tiny_llama_folder, data, tmp_path):
     base = tree(tiny_llama_folder, data, chain={"paths": [["teacher", "student"]]})
-    base["phases"] = [{"objective": "sft", "steps": 30, "batch_size": 4, "lr": 1e25, "grad_clip": 1e30}]
+    grows = {"lr": 1.0, "weight_decay": 1000.0, "grad_clip": 1e9}  # every weight by 999 in each step
+    base["phases"] = [{"objective": "sft", "steps": 40, "batch_size": 4, **grows}]
     base["run"]["save_every_s"] = 0.0
     with pytest.raises(FloatingPointError, match="10 steps in a row.*lower lr"):
         distill(parse(base), tmp_path, echo=lambda line: None)
