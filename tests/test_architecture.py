@@ -13,7 +13,7 @@ STDLIB = set(sys.stdlib_module_names)
 # those before it; the files beside the rooms (cli, __init__) from all.
 ROOMS = {
     "config": {"pydantic", "pydantic_core", "torch", "mskd_kernels"},
-    "store": {"torch", "safetensors", "rich"},
+    "store": {"pydantic", "torch", "safetensors", "rich"},
     "models": {"torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "gguf", "huggingface_hub"},
     "data": {"torch", "numpy", "transformers", "datasets"},
     "sampling": {"torch", "transformers"},

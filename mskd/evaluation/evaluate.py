@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from mskd.models.heads import check_positions
 from mskd.sampling.draw import draw, uniforms
 from mskd.store.files import write_text
 from mskd.store.hashes import digest, stream_seed
+from mskd.store.reading import sealed_lines
 
 __all__ = ["evaluate", "file_name", "generate", "paired_bootstrap", "rouge_l", "summarize"]
 
@@ -100,7 +100,7 @@ def evaluate(
                 line |= {"answer": text, "rouge_l": rouge_l(text, example.references)}
                 line |= scores[item] | {"answer_tokens": len(answers[item])}
                 lines.append(line | {"reverse_kl": divergences[item]})
-    write_text(out, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines))
+    write_text(out, sealed_lines(lines))
     return summarize(lines)
 
 

@@ -16,7 +16,7 @@ from mskd.config.hardware import check_backend, detect
 from mskd.data.instructions import Example, end_token_id, load_data, load_items
 from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.columns import COLUMNS, DASH, figure
-from mskd.evaluation.statistics import Lines, read_lines, summarize
+from mskd.evaluation.statistics import summarize
 from mskd.models.folder.declared import answer_ends
 from mskd.store.files import check_writable
 from mskd.store.hashes import digest, weights_digest
@@ -83,7 +83,7 @@ def evaluate_model(
         else:
             told: dict[str, Any] = {"eos_id": ends, "tick": ticker(source)}
             evaluate.evaluate(loaded, tokenizer, items, settings.evaluation, out=path, teachers=judges, **told)
-        figures = summarize(_read(path))
+        figures = summarize(path)
         echo(_line(source, figures, next(iter(judges), None)))
         found[source] = {"file": str(path), **figures}
     result: dict[str, Any] = {"model": model, "protocol": settings.evaluation.protocol, "data": found}
@@ -99,13 +99,6 @@ def _items(data: DataConfig, settings: EvaluateConfig, tokenizer: Any) -> Items:
         return load_items(data, tokenizer, "data")
     splits = load_data(data, tokenizer, seed=settings.seed, need_responses=False)
     return splits.test, splits.fingerprint
-
-
-def _read(path: Path) -> Lines:
-    try:
-        return read_lines(path)
-    except ValueError as e:
-        raise ConfigError(f"{e}; remove the file, and it is made again") from None
 
 
 def _line(source: str, figures: Mapping[str, Any], teacher: str | None) -> str:

@@ -10,13 +10,16 @@ the unit that is resampled; an item's values are averaged over its seeds first. 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mskd.store.hashes import digest
+from mskd.store.reading import Damaged, parsed, read_text, unsealed_lines
+from mskd.store.records import Line, checked
 
 RESAMPLES = 10_000
 SEED = 0  # of the resampling: the same lines give the same interval, always
@@ -25,19 +28,21 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation file. Raises OSError where it cannot be read, ValueError where it is no such file."""
-    lines = []
-    with open(path, encoding="utf-8") as f:
-        for number, text in enumerate(f, 1):
-            try:
-                line = json.loads(text)
-                line["item"], line["seed"], line["answer_tokens"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number}: not a line of an evaluation") from None
-            lines.append(line)
-    if not lines:
-        raise ValueError(f"{path} is empty, an evaluation has at least one line")
-    return lines
+    """The lines of an evaluation file, each a `records.Line`. Raises FileNotFoundError, Damaged."""
+    return read_evaluation(Path(path))[0]
+
+
+def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The lines of an evaluation file and their digest. Raises FileNotFoundError, Damaged."""
+    texts = read_text(path).removesuffix("\n").split("\n")
+    trees = [parsed(text, path, number) for number, text in enumerate(texts, 1)]
+    lines = [checked(Line, tree, path, number) for number, tree in enumerate(trees, 1)]
+    written = unsealed_lines(path, trees)
+    asked = {(line["item"], line["seed"]) for line in lines}
+    items, seeds = ({pair[i] for pair in asked} for i in (0, 1))
+    if len(lines) != len(asked) or len(asked) != len(items) * len(seeds) or max(items) != len(items) - 1:
+        raise Damaged(path, f"{len(lines)} lines are not one for every item and seed")
+    return lines, digest(written)
 
 
 def item_values(lines: Lines, field: str, teacher: str | None = None) -> dict[int, float]:

@@ -29,6 +29,8 @@ import torch
 from mskd.config import ConfigError, EvalConfig
 from mskd.store.files import write_json
 from mskd.store.hashes import digest
+from mskd.store.reading import read_json, sealed, unsealed
+from mskd.store.records import Asked, checked
 
 SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234  # the defaults of lm-eval's command line
 LOCATION = {"dataset_path", "dataset_name", "dataset_kwargs"}  # where a task's data are, not what they are
@@ -101,7 +103,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Tasks, config: EvalConfig, fold
             "tasks": _figures(results),
             "lines": {name: _lines(samples) for name, samples in results["samples"].items()},
         }
-        write_json(path, found)
+        write_json(path, sealed(found))
     return {"file": str(path), **_read(path)}
 
 
@@ -251,12 +253,11 @@ def _plain(value: Any) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file of `run_tasks`, without its lines. Raises ConfigError where it is damaged."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        del found["lines"]
-    except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"{path} is damaged; remove the file, and it is made again") from None
+    """A file of `run_tasks`, without its lines. Raises Damaged where it is not what was written."""
+    tree = read_json(path)
+    found = checked(Asked, tree, path)
+    unsealed(path, tree)
+    del found["lines"]
     return found
 
 

@@ -22,7 +22,9 @@ from mskd.report.tables import duration, short
 from mskd.run import card_figures, licence
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_text
-from mskd.store.hashes import digest
+from mskd.store.hashes import digest, open_regular
+from mskd.store.reading import read_json
+from mskd.store.records import Cut, checked
 
 MAIN = ("steps", "epochs", "batch_size", "lr", "temperature", "kd_ratio", "mix_alpha", "student_share", "beta", "skew")
 QUESTION = "Name three rivers of Europe."
@@ -35,12 +37,16 @@ Done = Mapping[str, Mapping[str, Any]]  # done.json by the key of its node
 def write(node: Node, graph: Graph, done: Done, echo: Callable[[str], None] = print) -> None:
     """Write the card of a finished node, if it is not there, whole or not at all. A source's folder is never touched.
 
-    done: of the node and of all before it. Raises OSError where the folder cannot be written.
+    done: of the node and of all before it. Raises OSError where the card cannot be read or written.
     """
     if node.source is not None:
         return
     path, text = node.folder / "README.md", signed(card(Facts(node, graph, done, card_figures.recorded(node))))
-    old = path.read_bytes().decode("utf-8", "replace") if path.exists() else None
+    try:
+        with open_regular(path) as f:
+            old = f.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        old = None
     if old == text:
         return
     if old is not None and not _is_signed(old):
@@ -232,8 +238,10 @@ def _kept(node: Node) -> list[int]:
     """The layers that a cut kept, counted from 0; [] where it does not say."""
     for name in ("model", "cut"):
         try:
-            return list(json.loads((node.directory / name / "layers.json").read_text(encoding="utf-8"))["kept"])
-        except (OSError, ValueError, KeyError, TypeError):
+            path = node.directory / name / "layers.json"
+            kept: list[int] = checked(Cut, read_json(path), path)["kept"]
+            return kept
+        except FileNotFoundError:
             continue
     return []
 
@@ -262,7 +270,7 @@ def _value(value: Any) -> str:
 
 def _cost(facts: Facts, node: Node) -> str:
     done = facts.done[node.key]
-    processes = f", {done['processes']} processes" if done["processes"] > 1 else ""
+    processes = f", {done['processes']} processes" if done.get("processes", 1) > 1 else ""
     skipped = f" ({done['skipped_steps']} skipped, not finite)" if done.get("skipped_steps") else ""
     return (
         f"{done['steps']:,} steps{skipped} on {done['tokens']:,} tokens in {duration(done['seconds'])}: "

@@ -8,17 +8,18 @@ They belong to the node: every run that evaluates it adds its own, and none is r
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mskd.config.problems import local_path
 from mskd.evaluation.columns import FORM, TITLE, figure, mean
-from mskd.evaluation.statistics import read_lines, summarize
+from mskd.evaluation.statistics import summarize
 from mskd.report.document import Block, Heading, Table, Text, escaped
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_json
+from mskd.store.reading import Damaged, read_json, sealed, unsealed
+from mskd.store.records import Card, checked
 
 MEANING = {
     "perplexity": "exp of the mean negative log-likelihood per response token, EOS included; less is better",
@@ -26,11 +27,13 @@ MEANING = {
     "agreement": "share of the reference's tokens where the most likely token is the teacher's",
     "reverse_kl": "KL(model, teacher) in nats per token of the model's own answers; less is better, 0 is the teacher",
 }
-KEYS = {"data", "hub", "held_out", "trained_on", "protocol", "top", "precision", "figures"}  # of an evaluation
+FILE = "evaluations.json"
 Recorded = Mapping[str, Mapping[str, Any]]
 
 
-def record(node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]]) -> None:
+def record(
+    node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]], echo: Callable[[str], None] = print
+) -> None:
     """Add to the node's evaluations.json what a run's evaluations say of it, of its top teacher and of its start.
 
     evaluations: entries of the run's index. One that is there already is not read again: its file's name says what was
@@ -38,7 +41,7 @@ def record(node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]]) -
     """
     if node.source is not None:
         return
-    known = recorded(node)
+    known = recorded(node, echo)
     final = [e for e in evaluations if e["stage"] in ("initial", "final")]
     new: dict[str, Any] = {}
     for entry in final:
@@ -47,15 +50,22 @@ def record(node: Node, graph: Graph, evaluations: Sequence[Mapping[str, Any]]) -
             evaluation = _evaluation(node, graph, entry.get("data"), {e["node"]: e["file"] for e in same})
             new |= {entry["file"]: evaluation} if evaluation["figures"].get("model") else {}
     if new:
-        write_json(node.directory / "evaluations.json", known | new)
+        write_json(node.directory / FILE, sealed(known | new))
 
 
-def recorded(node: Node) -> dict[str, Any]:
-    """evaluations.json of a node: by evaluation file what `record` wrote; what else stands there is passed over."""
+def recorded(node: Node, echo: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """evaluations.json of a node: by evaluation file what `record` wrote, {} where that is not there or damaged.
+
+    echo: hears of damage.
+    """
+    path = node.directory / FILE
     try:
-        found = json.loads((node.directory / "evaluations.json").read_text(encoding="utf-8"))
-        return {file: e for file, e in found.items() if e.keys() >= KEYS}
-    except (OSError, ValueError, AttributeError):
+        tree = read_json(path)
+        return checked(Card, {"evaluations": unsealed(path, tree)}, path)["evaluations"]
+    except FileNotFoundError:
+        return {}
+    except Damaged as e:
+        echo(f"{node.key}: {path} was damaged ({e.what}) and is made again; other runs put their figures back")
         return {}
 
 
@@ -84,10 +94,10 @@ def _trained_on(graph: Graph, data: str | None) -> int:
 
 
 def _figures(file: Path) -> dict[str, Any] | None:
-    """`statistics.summarize` of an evaluation file; None where it cannot be read."""
+    """`statistics.summarize` of an evaluation file; None where it is not there."""
     try:
-        return summarize(read_lines(file))
-    except (OSError, ValueError):
+        return summarize(file)
+    except FileNotFoundError:
         return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from typing import Any
 import torch
 
 from mskd import models
-from mskd.config import Config, ConfigError, RunConfig, load, parse, to_toml
+from mskd.config import Config, ConfigError, RunConfig, parse
 from mskd.config.hardware import Hardware, detect, keep_freed_memory
 from mskd.config.phases import MinillmPhase
 from mskd.config.versions import versions
 from mskd.evaluation import evaluate
+from mskd.evaluation.statistics import read_evaluation
 from mskd.models import Teacher, prune
 from mskd.models.batch import SequenceBatch
 from mskd.models.folder.stored import DTYPES, exact_dtype, stored_dtype
@@ -33,11 +35,13 @@ from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
 from mskd.run.sweep import Cell, cells, check_size, is_sweep
 from mskd.sampling.rollout import Interrupted
-from mskd.store.done import read_done
-from mskd.store.files import check_writable, new_folder, write_json, write_text
+from mskd.store.done import changed_since, read_done, write_done
+from mskd.store.files import check_writable, new_folder, write_json
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
 from mskd.store.progress import Tick, ticker
+from mskd.store.reading import sealed
+from mskd.store.run_config import read_config, write_config
 from mskd.training import hop
 from mskd.training.job import Job
 from mskd.training.tracking import check_trackers
@@ -153,20 +157,17 @@ class Sweep:
         path = self.directory / "config.toml"
         if not self.place.main:
             return
-        if path.exists():
+        if os.path.lexists(path):
             same = {"run": RunConfig()}
-            try:
-                old = load(path).model_copy(update=same)
-            except ConfigError:
-                old = None
-            if old != self.config.model_copy(update=same):
+            old, _ = read_config(path)
+            if old.model_copy(update=same) != self.config.model_copy(update=same):
                 raise ConfigError(
                     f"{self.directory} holds a run with another configuration; give this one a name of its own "
                     f"(--set name=...) or another --out; models that both need are shared"
                 )
         where = self.place.hardware.name
         header = f"mskd {versions()['mskd']}, {where}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n{versions()}"
-        write_text(path, to_toml(self.config, header))
+        write_config(path, self.config, header)
 
     def _write_index(self) -> None:
         """index.json: the first cell's entry, those of all cells begun where it is a sweep, and where it ran."""
@@ -176,11 +177,8 @@ class Sweep:
         first = {k: v for k, v in entries[0].items() if k not in ("seed", "grid", "label")}
         every = {"cells": entries} if is_sweep(self.config) else {}
         where = {k: str(v) for k, v in dataclasses.asdict(self.place.hardware).items()}
-        write_json(
-            self.directory / "index.json",
-            {"name": self.config.name, **first, **every, "hardware": where, "versions": versions()}
-            | {"date": f"{datetime.now(UTC):%Y-%m-%d}"},
-        )
+        index = {"name": self.config.name, **first, **every, "hardware": where, "versions": versions()}
+        write_json(self.directory / "index.json", sealed(index | {"date": f"{datetime.now(UTC):%Y-%m-%d}"}))
 
 
 class Chain:
@@ -222,9 +220,12 @@ class Chain:
     def _ensure(self, node: Node) -> dict[str, Any]:
         """done.json of a node, after making the node if need be."""
         with self.place.locked(node.directory):
-            done = self._agree(read_done(node.directory) if self.main else None)
+            done = self._agree(read_done(node.directory, trained=bool(node.phases)) if self.main else None)
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
+                for file in changed_since(node.directory, done) if self.main else ():
+                    self.echo(f"{node.key}: {file} was changed after the training; it is read by nobody now")
+                self._remove_states(node)  # which a kill may have left
                 return done
             if node.source is not None:
                 done = {"weights": None, "parameters": self.graph.sizes[node.name], "source": node.config.source}
@@ -235,8 +236,8 @@ class Chain:
             done |= {"key": node.key, "hash": node.hash, "versions": versions(), "hardware": self.hardware.name}
             done |= {"device": self.hardware.device.type, "processes": self.accelerator.num_processes}
             if self.main:
-                write_json(node.directory / "done.json", done)
-                self._remove_states(node)
+                write_done(node.directory, done)
+            self._remove_states(node)
             self.accelerator.wait_for_everyone()
             return done
 
@@ -249,7 +250,8 @@ class Chain:
         return broadcast_object_list([value])[0]
 
     def _remove_states(self, node: Node) -> None:
-        shutil.rmtree(node.directory / "state", ignore_errors=True)
+        if self.main:
+            shutil.rmtree(node.directory / "state", ignore_errors=True)
 
     def _make_model(self, node: Node) -> dict[str, Any]:
         """Cut a model by block influence if it is to have fewer layers, then its own phases."""
@@ -322,7 +324,7 @@ class Chain:
     def _write_card(self, node: Node) -> None:
         """The card of a finished node, with the figures there are of it by now."""
         if self.main:
-            card_figures.record(node, self.graph, self.evals)
+            card_figures.record(node, self.graph, self.evals, self.echo)
             card.write(node, self.graph, self.done, self.echo)
 
     # -- evaluation --------------------------------------------------------------------------------
@@ -355,7 +357,8 @@ class Chain:
             teachers = {n.name: self._teacher(n) for n in judges}
             model = teachers[node.name].model if node.name in teachers else self._load(folder)
             self._run_evaluation(model, items[0], self.out / file, teachers, ticker(f"{node.key}: evaluating {stage}"))
-        return {"node": node.key, "stage": stage, "file": str(file), "label": f"{node.key} {stage}"}
+        entry = {"node": node.key, "stage": stage, "file": file.as_posix(), "label": f"{node.key} {stage}"}
+        return entry | ({"digest": read_evaluation(self.out / file)[1]} if self.main else {})
 
     def _run_evaluation(
         self, model: Any, items: Any, out: Path, teachers: dict[str, Teacher], tick: Tick = lambda done, all_: None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def save_state(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, torc
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, tmp, {"mskd": json.dumps(meta)})
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
-        old = sorted(folder.glob("*.safetensors"))
+        old = _states(folder)
         count = 1 + max((int(p.name.split("-")[0]) for p in old), default=0)
         os.rename(tmp, folder / f"{count:08d}-{file_digest(tmp)}.safetensors")
     finally:
@@ -46,17 +47,26 @@ def save_state(folder: Path, meta: Mapping[str, Any], tensors: Mapping[str, torc
 
 
 def load_state(folder: Path) -> State | None:
-    """The newest state, or None where there is none. Raises ConfigError where the file is not what was saved."""
+    """The newest state, or None where there is none. Raises Damaged where the file is not what was saved."""
     from safetensors import safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
+    files = _states(folder)
     if not files:
         return None
     path = files[-1]
-    if file_digest(path) != path.stem.split("-")[1]:
-        raise damaged(folder.parent, f"{path.name} in state is not what was saved")
+    try:
+        same = file_digest(path) == path.stem.split("-")[1]
+    except OSError as e:
+        raise damaged(folder.parent, path, str(e.strerror)) from None
+    if not same:
+        raise damaged(folder.parent, path, "it is not what was saved (its digest is another)")
     with safe_open(path, "pt") as f:
         return State(json.loads(f.metadata()["mskd"]), {k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118
+
+
+def _states(folder: Path) -> list[Path]:
+    """The files of states in a folder, the newest last."""
+    return sorted(p for p in folder.glob("*.safetensors") if re.fullmatch(r"\d{8,}-[0-9a-f]{64}", p.stem))
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

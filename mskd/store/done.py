@@ -1,33 +1,112 @@
-"""Finished nodes: done.json, written last, and what it vouches for."""
+"""Finished nodes: done.json, written last, and what it vouches for.
+
+    write_done(folder, {"weights": weights_digest(folder / "model"), "parameters": 84_900_000, ...})
+    done = read_done(folder, trained=True)        # None: not finished; Damaged: something in it is not what was written
+    changed_since(folder, done)                   # ["metrics.jsonl"]
+
+By digest it vouches for itself and for every file of the node that later work or a reader takes for true. What only
+informs may be changed, and is then said to be; the card and evaluations.json have seals of their own. One of an earlier
+version has no digests but that of the weights.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mskd.config import ConfigError
-from mskd.store.hashes import weights_digest
+from mskd.store.files import TMP, write_json
+from mskd.store.hashes import file_digest, weights_digest
+from mskd.store.reading import Damaged, read_json, sealed, unsealed
+from mskd.store.records import Done, Finished, FinishedTraining, checked
+
+NAME, METRICS = "done.json", "metrics.jsonl"
+FOLDERS = ("model", "phases", "cut", "responses")  # of a node, with files to vouch for
+INFORM = (METRICS, "responses/")  # nothing that comes later depends on these
+CARD = "README.md"  # every run that evaluates the model may add to it
 
 
-def read_done(folder: Path) -> dict[str, Any] | None:
-    """What a node's done.json says, or None where the node is not finished. Raises ConfigError where it is damaged."""
-    path = folder / "done.json"
-    if not path.exists():
-        return None
+def write_done(folder: Path, done: Mapping[str, Any]) -> None:
+    """Finish a node: write what there is to say of it, with the digests of its files."""
+    files = [folder / METRICS, *(path for name in FOLDERS for path in sorted((folder / name).rglob("*")))]
+    vouched = {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in files
+        if path.is_file() and path.name != CARD and not path.name.startswith(TMP)
+    }
+    write_json(folder / NAME, sealed({**done, "files": vouched}))
+
+
+def read_record(folder: Path, kind: type[Done] = Done) -> dict[str, Any]:
+    """What done.json of a node says; no other file is read. Raises FileNotFoundError, Damaged."""
+    path = folder / NAME
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-        weights = done["weights"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise damaged(folder, "done.json cannot be read") from None
-    if weights is not None:
-        model = folder / "model"
-        if not model.is_dir():
-            raise damaged(folder, "the folder model is gone")
-        if weights_digest(model) != weights:
-            raise damaged(folder, "the weights in model are not those that were saved")
+        tree = read_json(path)
+        done = checked(kind, tree, path)
+        unsealed(path, tree)
+    except Damaged as e:
+        raise damaged(folder, e.path, e.what) from None
     return done
 
 
-def damaged(folder: Path, what: str) -> ConfigError:
-    return ConfigError(f"the node {folder} is damaged: {what}; remove that folder to make it again")
+def read_done(folder: Path, *, trained: bool = False) -> dict[str, Any] | None:
+    """What done.json of a node says, or None where the node is not finished.
+
+    Raises Damaged unless it and all that it vouches for is what was written.
+    """
+    try:
+        done = read_record(folder, FinishedTraining if trained else Finished)
+    except FileNotFoundError:
+        return None
+    for name, digest in done.get("files", {}).items():
+        if not name.startswith(INFORM):
+            _check(folder, name, digest)
+    if done["weights"] is not None:
+        _check_weights(folder, done)
+    return done
+
+
+def _check_weights(folder: Path, done: Mapping[str, Any]) -> None:
+    """That model/ holds the weights that were written, and no others, which would be loaded with them."""
+    model = folder / "model"
+    if not model.is_dir():
+        raise damaged(folder, model, "the folder is gone")
+    vouched = [Path(name) for name in done.get("files", {}) if name.startswith("model/")]
+    try:
+        if vouched:  # their content was checked
+            names = {path.name for path in vouched if path.suffix == ".safetensors"}
+            same = names == {path.name for path in model.glob("*.safetensors")}
+        else:
+            same = weights_digest(model) == done["weights"]
+    except OSError as e:
+        raise damaged(folder, Path(e.filename or model), str(e.strerror)) from None
+    if not same:
+        raise damaged(folder, model, "its weights are not those that were written")
+
+
+def _check(folder: Path, name: str, digest: str) -> None:
+    try:
+        same = file_digest(folder / name) == digest
+    except FileNotFoundError:
+        raise damaged(folder, folder / name, "it is gone") from None
+    except OSError as e:
+        raise damaged(folder, folder / name, str(e.strerror)) from None
+    if not same:
+        raise damaged(folder, folder / name, "it is not what was written (its digest is another)")
+
+
+def changed_since(folder: Path, done: Mapping[str, Any]) -> list[str]:
+    """Of the files that only inform those that are not what they were when the node was finished, by path."""
+    changed = []
+    for name, digest in done.get("files", {}).items():
+        if name.startswith(INFORM):
+            try:
+                _check(folder, name, digest)
+            except Damaged:
+                changed.append(name)
+    return changed
+
+
+def damaged(folder: Path, path: Path, what: str) -> Damaged:
+    """A file of a node is damaged, which the whole node has to be made again for."""
+    return Damaged(path, what, f"the folder {folder}")

@@ -106,7 +106,7 @@ def test_figures_are_lm_evals_own(task, tiny_llama_folder, tmp_path, monkeypatch
     changed = reasoning.load_tasks([*files[:2], task(ANSWERING, generation_kwargs={"max_gen_toks": 5, "until": ["."]})])
     assert len({*names, changed.file_name(8)}) == 4
     open(found["file"], "w").write("{")
-    with pytest.raises(ConfigError, match="damaged; remove the file"):
+    with pytest.raises(ConfigError, match="^damaged: .*; delete it and run the same command$"):
         reasoning.run_tasks(model, tokenizer, tasks, CONFIG, tmp_path / "evals")
 
 

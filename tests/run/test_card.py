@@ -17,8 +17,8 @@ from mskd.config.phases import OBJECTIVES
 from mskd.data.instructions import load_items
 from mskd.evaluation.columns import FORM, figure
 from mskd.evaluation.statistics import read_lines, summarize
-from mskd.models import content_hash, licence
-from mskd.run import card
+from mskd.models import content_hash
+from mskd.run import card, licence
 from mskd.run import card_figures as scores
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph

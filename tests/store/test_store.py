@@ -1,6 +1,7 @@
 """The store on disk: nothing half-written is ever read, what is damaged is found, one process owns a folder."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from mskd.config import ConfigError
 from mskd.store import checkpoint
-from mskd.store.done import read_done
+from mskd.store.done import changed_since, read_done, write_done
 from mskd.store.files import new_folder, write_json, write_text
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
@@ -99,27 +100,77 @@ def test_a_damaged_state_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match="damaged.*remove that folder"):
+    with pytest.raises(ConfigError, match="damaged.*delete the folder"):
         checkpoint.load_state(tmp_path / "state")
     assert checkpoint.load_state(tmp_path / "empty") is None
 
 
-@pytest.mark.parametrize("harm", ["bytes", "gone", "json", "keys"])
-def test_a_damaged_node_is_found(tmp_path, harm):
+def finish(folder, earlier=False):
+    """A finished node; earlier: as versions left it whose done.json had no digest but that of the weights."""
     from safetensors.torch import save_file
 
-    with new_folder(tmp_path / "model") as folder:
-        save_file({"w": torch.arange(10.0)}, folder / "model.safetensors")
-    write_json(tmp_path / "done.json", {"weights": weights_digest(tmp_path / "model")})
-    assert read_done(tmp_path)["weights"]
-    if harm == "bytes":
-        save_file({"w": torch.arange(1.0, 11.0)}, tmp_path / "model" / "model.safetensors")
-    elif harm == "gone":
-        (tmp_path / "model").rename(tmp_path / "elsewhere")
+    with new_folder(folder / "model") as model:
+        save_file({"w": torch.arange(10.0)}, model / "model.safetensors")
+        (model / "tokenizer.json").write_text("{}")
+        (model / "README.md").write_text("a card")
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    done = {"weights": weights_digest(folder / "model"), "parameters": 10, "versions": {}, "hardware": "CPU"}
+    if earlier:
+        write_json(folder / "done.json", done)
     else:
-        (tmp_path / "done.json").write_text("{" if harm == "json" else "{}")
-    with pytest.raises(ConfigError, match="damaged"):
+        write_done(folder, done)
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda node: (node / "model" / "model.safetensors").write_bytes(b"other"), "model"),
+        (lambda node: (node / "model").rename(node / "elsewhere"), "model"),
+        (lambda node: (node / "model" / "more.safetensors").write_bytes(b"x"), "model: its weights"),
+        (lambda node: (node / "done.json").write_text("{"), "done.json: is no JSON"),
+        (lambda node: (node / "done.json").write_text("{}"), "done.json: field weights is missing"),
+        (lambda node: rewrite(node / "done.json", parameters="10"), "done.json: field parameters is '10'"),
+        (lambda node: rewrite(node / "done.json", parameters=10**400), "done.json: field parameters is 1000"),
+        (lambda node: ((node / "done.json").unlink(), os.mkfifo(node / "done.json")), "done.json: it is no regular"),
+    ],
+)
+def test_a_damaged_node_is_found(tmp_path, harm, said, earlier):
+    finish(tmp_path, earlier)
+    assert read_done(tmp_path)["parameters"] == 10
+    harm(tmp_path)
+    with pytest.raises(ConfigError, match=f"^damaged: {tmp_path}/{said}.*; delete the folder {tmp_path} and run"):
         read_done(tmp_path)
+
+
+def test_done_vouches_for_every_file_and_for_itself(tmp_path):
+    finish(tmp_path)
+    for name, harm in (
+        ("model/tokenizer.json", lambda file: file.write_text("[]")),
+        ("model/tokenizer.json", lambda file: file.unlink()),
+        ("model/tokenizer.json", lambda file: (file.unlink(), file.mkdir())),
+        ("model/tokenizer.json", lambda file: (file.unlink(), file.symlink_to(file))),
+        ("model/tokenizer.json", lambda file: (file.unlink(), file.symlink_to("/dev/zero"))),
+        ("done.json", lambda file: rewrite(file, parameters=11)),
+    ):
+        node = tmp_path / f"node-{len(list(tmp_path.iterdir()))}"
+        finish(node)
+        harm(node / name)
+        with pytest.raises(ConfigError, match=f"^damaged: {node / name}: .*; delete the folder {node} and run"):
+            read_done(node)
+
+
+def test_what_only_informs_may_change_and_is_said_to_have(tmp_path):
+    finish(tmp_path)
+    (tmp_path / "model" / "README.md").write_text("another card")
+    done = read_done(tmp_path)
+    assert changed_since(tmp_path, done) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n')
+    assert read_done(tmp_path) == done and changed_since(tmp_path, done) == ["metrics.jsonl"]
 
 
 def test_no_done_file_means_not_done(tmp_path):
