@@ -5,7 +5,6 @@ blocks = record(stored)
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +16,7 @@ from mskd.report.results import Stored, shown
 
 def record(stored: Stored) -> list[Block]:
     """The list of all that determined the run, and config.toml."""
-    try:
-        text = (stored.directory / "config.toml").read_text(encoding="utf-8")
-        config = tomllib.loads(text)
-    except (OSError, ValueError):
-        stored.miss("config.toml, the configuration of the run")
-        text, config = "", {}
+    config, text = stored.config()
     lines = [f"Model `{name}`: {_model(values)}" for name, values in config.get("models", {}).items()]
     lines += [f"Phase {i}: {_phase(phase)}" for i, phase in enumerate(config.get("phases", []), 1)]
     lines += [f"Hop `{shown(hop)}` differs: {_items(values)}" for hop, values in config.get("hop", {}).items()]

@@ -33,10 +33,12 @@ this data set's comparisons."""
 def write_report(run: Path) -> Path:
     """Write report.md, report.html and the pictures into the run's folder; returns the path of report.md.
 
-    Raises ConfigError where `run` is no run or the report cannot be written.
+    Raises ConfigError where `run` is no run, a stored file is damaged or the report cannot be written.
     """
     sweep = settings(run)
     directory = sweep[0].directory
+    for stored in sweep:
+        stored.check()
     try:
         blocks = _report(sweep)
         write_text(directory / "report.html", page(sweep[0].name, blocks, directory))

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
+import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,13 @@ from mskd.evaluation.statistics import (
     item_values,
     paired_bootstrap,
     paired_permutation,
-    read_lines,
+    read_evaluation,
     summarize,
 )
+from mskd.store.done import METRICS, changed_since, read_record
+from mskd.store.reading import Damaged, parsed, read_json, read_text, unsealed
+from mskd.store.records import Index, Step, checked
+from mskd.store.run_config import read_config
 
 Files = tuple[str, ...]  # the evaluations of one model, a file for each cell; empty where there is none
 
@@ -45,7 +50,7 @@ class Stored:
     """
 
     def __init__(self, run: Path, grid: Mapping[str, Any] | None = None) -> None:
-        self.directory, self.out = Path(run), Path(run).resolve().parent.parent
+        self.directory, self.out = Path(run), Path(os.path.realpath(run)).parent.parent
         self.index = _read_index(self.directory)
         cells = self.index.get("cells") or [{"nodes": self.index["nodes"], "evals": self.index.get("evals", [])}]
         self.grid = dict(cells[0].get("grid") or {}) if grid is None else dict(grid)
@@ -55,8 +60,13 @@ class Stored:
         self.paths = list(dict.fromkeys(">".join(path) for path in self.index["paths"]))
         self.data: str | None = None  # a further data set, whose evaluations `final` gives instead
         self.absent: list[str] = []
+        self._digests = {e["file"]: e["digest"] for c in cells for e in c.get("evals", []) if "digest" in e}
         self._lines: dict[str, Lines | None] = {}
+        self._missed: set[str] = set()
         self._figures: dict[Files, dict[str, Any]] = {}
+        self._config: tuple[dict[str, Any], str] | None = None
+        self._done: dict[str, dict[str, Any] | None] = {}
+        self._metrics: dict[str, list[dict[str, Any]]] = {}
 
     def each(self) -> list[Stored]:
         """The cells one by one."""
@@ -114,20 +124,34 @@ class Stored:
         entries = [[e["file"] for e in _evals(cell, self.data) if e["node"] == key] for cell in self.cells]
         return tuple(files[-1] for files in entries if files)
 
+    def check(self) -> None:
+        """Read all that a report is made of, so that damage is found before anything is drawn or written."""
+        self.config()
+        for cell in self.cells:
+            for entry in cell.get("evals", []):
+                self._read(entry["file"])
+            for node in cell["nodes"].values():
+                self._read_done(node["dir"])
+
     def lines(self, files: Files, what: str) -> Lines | None:
-        """The lines of all files together; None where none of them can be read."""
+        """The lines of all files together; None where there is none of them."""
         if not files:
             self.miss(f"the evaluation of {what}")
-        found = [self._read(file, what) for file in dict.fromkeys(files)]
-        return [line for lines in found for line in lines or []] or None
+        found = {file: self._read(file) for file in files}
+        for file, lines in found.items():
+            if lines is None and file not in self._missed:
+                self._missed.add(file)
+                self.miss(f"the evaluation of {what}: the file is not there ({file})")
+        return [line for lines in found.values() for line in lines or []] or None
 
-    def _read(self, file: str, what: str) -> Lines | None:
+    def _read(self, file: str) -> Lines | None:
+        """The lines of an evaluation file; None where it is not there. Raises Damaged."""
         if file not in self._lines:
             try:
-                self._lines[file] = read_lines(self.out / file)
-            except (OSError, ValueError) as e:
-                reason = "the file is not there" if isinstance(e, FileNotFoundError) else "the file cannot be read"
-                self.miss(f"the evaluation of {what}: {reason} ({file})")
+                self._lines[file], found = read_evaluation(self.out / file)
+                if self._digests.get(file, found) != found:
+                    raise Damaged(self.out / file, "it is not the evaluation that index.json names")
+            except FileNotFoundError:
                 self._lines[file] = None
         return self._lines[file]
 
@@ -150,20 +174,26 @@ class Stored:
         return next((n for n in names if n in figures.get("reverse_kl", {})), None)
 
     def metrics(self, hop: str) -> list[dict[str, Any]]:
-        """The lines of a hop's metrics.jsonl (the first cell's); what a kill tore is left out."""
-        path = self.out / self.nodes.get(hop, {}).get("dir", hop) / "metrics.jsonl"
-        lines = []
+        """The lines of a hop's metrics.jsonl (the first cell's); none where they are not what the training wrote."""
+        folder = self.nodes.get(hop, {}).get("dir", hop)
+        if folder not in self._metrics:
+            self._metrics[folder] = self._read_metrics(hop, folder)
+        return self._metrics[folder]
+
+    def _read_metrics(self, hop: str, folder: str) -> list[dict[str, Any]]:
+        path = self.out / folder / METRICS
+        done = self._read_done(folder) or {}
         try:
-            for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    lines.append(line)
-        except OSError:
+            if METRICS in changed_since(path.parent, done):
+                raise Damaged(path, "it is not what the training wrote")
+            *texts, _ = read_text(path).split("\n")  # behind the last end of a line stands what a kill tore, or nothing
+            lines = [parsed(text, path, number) for number, text in enumerate(texts, 1)]
+            return [checked(Step, line, path, number) for number, line in enumerate(lines, 1)]
+        except FileNotFoundError:
             self.miss(f"the metrics of {shown(hop)}")
-        return lines
+        except Damaged as e:
+            self.miss(f"the metrics of {shown(hop)}: {folder}/{METRICS} is damaged: {e.what}")
+        return []
 
     def seconds(self, path: str) -> float | None:
         """Training time of a path, the sum over its hops and the preparation of its models; the mean over the cells."""
@@ -174,12 +204,34 @@ class Stored:
 
     def done(self, node: Mapping[str, Any]) -> dict[str, Any]:
         """done.json of a node, {} where it is absent."""
-        try:
-            done = json.loads((self.out / node.get("dir", "") / "done.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.miss(f"done.json of {node.get('dir')}, which holds its tokens")
-            return {}
-        return done if isinstance(done, dict) else {}
+        done = self._read_done(node["dir"])
+        if done is None:
+            self.miss(f"done.json of {node['dir']}, which holds its tokens")
+        return done or {}
+
+    def _read_done(self, folder: str) -> dict[str, Any] | None:
+        """done.json of a node's folder; None where it is absent. Raises Damaged."""
+        if folder not in self._done:
+            try:
+                self._done[folder] = read_record(self.out / folder)
+            except FileNotFoundError:
+                self._done[folder] = None
+        return self._done[folder]
+
+    def config(self) -> tuple[dict[str, Any], str]:
+        """config.toml as a tree and as text, both empty where it is absent. Raises Damaged."""
+        if self._config is None:
+            self._config = {}, ""
+            try:
+                _, text = read_config(self.directory / "config.toml")
+                self._config = tomllib.loads(text), text
+            except FileNotFoundError:
+                self.miss("config.toml, the configuration of the run")
+            except Damaged:
+                raise
+            except ConfigError as e:  # one of another version, perhaps
+                self.miss(f"config.toml, the configuration of the run: {e}")
+        return self._config
 
     def miss(self, what: str) -> None:
         if what not in self.absent:
@@ -194,20 +246,15 @@ def settings(run: Path) -> list[Stored]:
 
 
 def _read_index(directory: Path) -> dict[str, Any]:
-    """index.json, if it is one."""
+    """index.json, if it is one. Raises ConfigError."""
+    path = directory / "index.json"
     try:
-        index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-        index["name"], [">".join(path) for path in index["paths"]]
-        for cell in (index, *index.get("cells", [])):
-            [node.get("dir") for node in cell["nodes"].values()]
-            [(e["node"], e["stage"], e["file"]) for e in cell.get("evals", [])]
+        tree = read_json(path)
+        index = checked(Index, tree, path)
+        unsealed(path, tree)
         return index
-    except OSError:
+    except FileNotFoundError:
         raise ConfigError(f"{directory} is no run: it has no index.json; give a folder like OUT/runs/NAME") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ConfigError(
-            f"{directory} is damaged: index.json cannot be read; run the same mskd distill again"
-        ) from None
 
 
 def _evals(cell: Mapping[str, Any], data: str | None = None) -> list[Mapping[str, Any]]:

@@ -25,6 +25,7 @@ lr = 0.0003
 [[phases]]
 objective = "minillm"
 steps = 32
+batch_size = 8
 rollouts = 16
 max_new_tokens = 32
 include_current = false
@@ -164,7 +165,7 @@ def make_sweep(folder: Path, seeds=(0, 1, 2), grid=({},), paths=ALL_PATHS, sizes
     index |= {"nodes": cells[0]["nodes"], "evals": cells[0]["evals"]}
     directory.mkdir(parents=True)
     (directory / "index.json").write_text(json.dumps(index | ({"cells": cells} if len(cells) > 1 else {})))
-    (directory / "config.toml").write_text('name = "sweep"\n')
+    (directory / "config.toml").write_text(CONFIG.replace('"demo"', '"sweep"'))
     return directory
 
 

@@ -162,7 +162,7 @@ def test_damaged_metrics_leave_the_rest_of_the_report(run, text):
 @pytest.mark.parametrize("change", [{"nodes": []}, {"nodes": {"teacher": None}}, {"evals": [1]}, {"paths": [[1]]}])
 def test_a_damaged_index_is_one_clear_line(run, change):
     change_index(run, lambda index: index.update(change))
-    with pytest.raises(ConfigError, match="damaged: index.json"):
+    with pytest.raises(ConfigError, match="damaged: .*index.json: field "):
         write_report(run)
 
 
@@ -173,8 +173,8 @@ def test_validation_curves_are_drawn_where_they_are_stored(run):
     assert "validation.png" not in write_report(run).read_text() and not (run / "validation.png").exists()
     folder = run.parent.parent / "hops" / "s-3"
     lines = ['{"step": 12, "phase_step": 12, "objective": "kd", "eval/loss": 1.5}', '{"step": 24, "eval/loss": 1.25}']
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write("\n" + "\n".join(lines) + "\n")
+    whole = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]  # without the line that a kill tore
+    (folder / "metrics.jsonl").write_text("\n".join([whole, *lines]) + "\n")
     assert "![Validation during the training](validation.png)" in write_report(run).read_text()
     assert (run / "validation.png").stat().st_size > 5000
 

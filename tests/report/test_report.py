@@ -253,9 +253,12 @@ def test_a_run_that_has_not_ended_has_a_report(run):
     assert summary(run)["paths"][CHAIN]["seconds"] is None
 
 
-def test_a_damaged_evaluation_is_absent_and_named(run):
-    file_of(run, CHAIN, "final").write_text('{"item": 0, "tor')
-    assert "the file cannot be read" in write_report(run).read_text().split("## Absent")[1]
+def test_a_damaged_evaluation_is_one_clear_line_and_nothing_is_written(run):
+    file = file_of(run, CHAIN, "final")
+    file.write_text('{"item": 0, "tor')
+    with pytest.raises(ConfigError, match=f"^damaged: {file}: line 1 is no JSON .*; delete it and run the same"):
+        write_report(run)
+    assert not list(run.glob("*.png")) and not (run / "report.md").exists()
 
 
 def test_different_items_are_not_compared(run):
@@ -270,7 +273,7 @@ def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
             write_report(folder)
     for text in ("{", "[]", "{}"):
         (run / "index.json").write_text(text)
-        with pytest.raises(ConfigError, match="damaged: index.json"):
+        with pytest.raises(ConfigError, match="damaged: .*index.json: .*; delete it and run the same command"):
             summary(run)
 
 

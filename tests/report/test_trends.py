@@ -167,7 +167,7 @@ def test_gain_is_from_the_untrained_student_to_the_trained_one(tmp_path):
 
 def test_a_lost_record_of_a_hop_is_named_and_its_tokens_are_not_guessed(tmp_path):
     run = make_run(tmp_path)
-    (run.parent.parent / "hops" / "ta-1" / "done.json").write_text("{")
+    (run.parent.parent / "hops" / "ta-1" / "done.json").unlink()
     assert (
         cost(Stored(run), "teacher>ta>student").tokens is None and cost(Stored(run), "teacher>student").tokens == 15000
     )
@@ -220,5 +220,5 @@ def test_a_name_is_text_in_the_drawing(tmp_path):
 def test_a_damaged_cell_is_one_clear_line(tmp_path):
     run = make_sweep(tmp_path)
     change_index(run, lambda index: index["cells"][1]["evals"][0].pop("file"))
-    with pytest.raises(ConfigError, match="damaged: index.json"):
+    with pytest.raises(ConfigError, match="damaged: .*index.json: field cells.1.evals.0.file is missing; delete it"):
         write_report(run)
