@@ -1,4 +1,4 @@
-"""What runs leave on disk, as records that are checked: index.json, done.json, lines of evaluations and of metrics.
+"""What runs leave on disk as records that are checked: index.json, done.json, evaluations, metrics, responses.
 
     index = checked(Index, read_json(path), path)          # Damaged: which file, line and field
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from mskd.store.reading import Damaged
 
@@ -200,13 +200,19 @@ class Line(Record):
     seed: Whole
     prompt: str | None = None
     references: list[str] | None = None
-    answer: str | None = None
-    rouge_l: Number | None = None
-    nll: Number | None = None
-    tokens: Count | None = None
+    answer: str
+    rouge_l: Number | None
+    nll: Number | None
+    tokens: Count
     answer_tokens: Count
-    reverse_kl: dict[str, Number | None] | None = None
-    agreement: dict[str, Number | None] | None = None
+    reverse_kl: dict[str, Number]
+    agreement: dict[str, Number | None]
+
+    @model_validator(mode="after")
+    def _scored(self) -> Line:
+        if not self.tokens and any(score is not None for score in (self.nll, *self.agreement.values())):
+            raise ValueError("a reference of 0 tokens has no nll and no agreement")
+        return self
 
 
 class Interval(Record):
@@ -257,6 +263,15 @@ class Asked(Record):
     limit: Count | None
     tasks: dict[str, Annotated[Figures, AfterValidator(_of_items)]]
     lines: dict[str, list[dict[str, Any]]]
+
+
+class Response(Record):
+    """A line of the teacher's responses (teacher_responses.answered)."""
+
+    example: Count
+    by: Literal["data", "teacher"]
+    response: str
+    ids: list[Count]
 
 
 class Step(Record):

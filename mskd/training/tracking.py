@@ -155,7 +155,7 @@ def _length_through(data: bytes, step: int) -> int:
         try:
             if not line.endswith(b"\n") or json.loads(line)["step"] > step:
                 break
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             break
         length += len(line)
     return length

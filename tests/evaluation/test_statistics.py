@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mskd.config import ConfigError
 from mskd.evaluation.statistics import (
     anova,
     holm,
@@ -17,6 +18,7 @@ from mskd.evaluation.statistics import (
     spearman,
     summarize,
 )
+from mskd.store.reading import sealed_lines
 
 
 def line(item, seed=1, *, nll=None, tokens=0, rouge=None, answer_tokens=3, kl=0.5, agree=None):
@@ -106,6 +108,40 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text):
         read_lines(path)
     path.write_text(json.dumps(line(0)) + "\n")
     assert summarize(path) == summarize([line(0)])
+
+
+def cut(*numbers):
+    return lambda lines: [line for number, line in enumerate(lines) if number not in numbers]
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (cut(3), "its lines are not those that were written|3 lines are not one for every item and seed"),
+        (cut(0), "3 lines are not one for every item and seed"),  # with the seal
+        (cut(2, 3), "its lines are not those that were written"),  # a whole item
+        (lambda lines: [*lines, lines[1]], "its lines are not those that were written"),
+        (lambda lines: [*lines[:3], lines[3].replace('"nll": 3.5', '"nll": 3.6')], "its lines are not those"),
+        (lambda lines: [*lines[:3], lines[3].replace('"nll": 3.5', '"nll": "3.5"')], "line 4, field nll is '3.5'"),
+        (lambda lines: [*lines[:3], lines[3].replace('"nll": 3.5', '"nll": 1e999')], "line 4, field nll is inf"),
+        (lambda lines: [*lines[:3], "[" * 5000], "line 4 is nested too deep|line 4 is no JSON"),
+        (lambda lines: [*lines[:3], lines[3].replace('"tokens": 2', '"tokens": 0')], "line 4, it is .* 0 tokens"),
+    ],
+)
+def test_a_changed_evaluation_is_one_line_that_says_where(tmp_path, harm, says):
+    path = tmp_path / "x.jsonl"
+    lines = [line(item, seed, nll=3.5, tokens=2, rouge=10.0, agree=0.5) for item in range(2) for seed in (1, 2)]
+    path.write_text(sealed_lines(lines))
+    assert read_lines(path) == lines and [json.loads(x)["item"] for x in path.read_text().splitlines()] == [0, 0, 1, 1]
+    path.write_text("".join(f"{text}\n" for text in harm(path.read_text().splitlines())))
+    with pytest.raises(ConfigError, match=f"^damaged: {path}: ({says}).*; delete it and run the same command$"):
+        read_lines(path)
+
+
+def test_an_evaluation_without_a_digest_is_read_as_it_is(tmp_path):
+    path, lines = tmp_path / "x.jsonl", [line(0), line(1)]
+    path.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    assert read_lines(path) == lines
 
 
 def test_permutation_of_few_items_is_exact():

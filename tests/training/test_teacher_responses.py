@@ -117,9 +117,31 @@ def test_a_damaged_part_is_one_line(job, content):
     responses.answered(job, asked(), index=0, seed=5)
     file = job.directory / "responses" / "0-00001.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ConfigError, match=r"0-00001\.jsonl is damaged.*remove it") as caught:
+    with pytest.raises(ConfigError, match=r"^damaged: .*0-00001\.jsonl: .*; delete it and run the same") as caught:
         responses.answered(job, asked(), index=0, seed=5)
     assert "\n" not in str(caught.value)
+
+
+def test_one_other_token_in_a_part_is_found_and_never_trained_on(job):
+    whole = responses.answered(job, asked(), index=0, seed=5)
+    file = job.directory / "responses" / "0-00001.jsonl"
+    first, *rest = file.read_text().splitlines()
+    changed = json.loads(rest[1])
+    changed["ids"][0] += 1
+    file.write_text("\n".join([first, rest[0], json.dumps(changed), *rest[2:]]) + "\n")
+    with pytest.raises(ConfigError, match=r"^damaged: .*0-00001\.jsonl: its lines are not those that were written"):
+        responses.answered(job, asked(), index=0, seed=5)
+    file.unlink()
+    assert responses.answered(job, asked(), index=0, seed=5) == whole
+
+
+def test_parts_of_earlier_versions_have_no_digest_and_are_read(job):
+    whole = responses.answered(job, asked(), index=0, seed=5)
+    for file in (job.directory / "responses").iterdir():
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        del lines[0]["digest"]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert responses.answered(job, asked(), index=0, seed=5) == whole
 
 
 def test_a_phase_trains_on_them_where_it_says_so(job):

@@ -9,14 +9,12 @@ draws the same, since random numbers belong to (seed, prompt).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from mskd.config import ConfigError
 from mskd.config.phases import TeacherResponses
 from mskd.data.instructions import Example
 from mskd.sampling.draw import uniforms
@@ -24,6 +22,8 @@ from mskd.sampling.rollout import sample
 from mskd.store.files import write_text
 from mskd.store.hashes import stream_seed
 from mskd.store.progress import Tick
+from mskd.store.reading import Damaged, parsed, read_text, sealed_lines, unsealed_lines
+from mskd.store.records import Response, checked
 from mskd.training.job import Job
 
 BATCHES = 8  # of the decoder in one part: what a kill can lose
@@ -35,7 +35,7 @@ def answered(
     """The training examples with the teacher's response in place of the data's, but for `asked.data_share` of them.
 
     index: the phase's place in the hop. Several processes share out the parts. One process raises Interrupted where a
-    stop is asked for. ConfigError where a part was damaged.
+    stop is asked for. Damaged where a part is not what was written.
     """
     examples, acc = job.data.train, job.accelerator
     folder = job.directory / "responses"
@@ -83,16 +83,15 @@ def _sampled(job: Job, asked: TeacherResponses, part: Sequence[int], seed: int) 
     for i in part:
         ids = list(examples[i].response_ids) if i in kept else responses[i]
         text = job.tokenizer.decode(ids, skip_special_tokens=True)
-        line = {"example": i, "by": "data" if i in kept else "teacher", "response": text, "ids": ids}
-        lines.append(json.dumps(line, ensure_ascii=False))
-    return "\n".join(lines) + "\n"
+        lines.append({"example": i, "by": "data" if i in kept else "teacher", "response": text, "ids": ids})
+    return sealed_lines(lines)
 
 
 def _read(file: Path, part: Sequence[int]) -> list[tuple[int, ...]]:
-    try:
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        if [row["example"] for row in rows] == list(part):
-            return [tuple(row["ids"]) for row in rows]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{file} is damaged: it does not hold the responses it was written with; remove it")
+    texts = read_text(file).removesuffix("\n").split("\n")
+    trees = [parsed(text, file, number) for number, text in enumerate(texts, 1)]
+    rows = [checked(Response, tree, file, number) for number, tree in enumerate(trees, 1)]
+    unsealed_lines(file, trees)
+    if [row["example"] for row in rows] != list(part):
+        raise Damaged(file, "it does not hold the responses to its prompts")
+    return [tuple(row["ids"]) for row in rows]
