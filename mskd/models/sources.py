@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
     "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 QUANTISED = ("bitsandbytes", "fp8")  # kinds of quantised folders that folder/quantised.py turns into plain weights
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".txt", ".model", ".py")  # what loaders read, by suffix
 CARD_FILES = ("README.md", "LICENSE*", "LICENCE*")  # for the licence; no part of a model's content
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Keys of JSON files that say where a model was or who wrote it, not what it is.
@@ -101,7 +102,13 @@ def _allowed() -> str:
 
 
 def check_folder(folder: Path, name: str | Path) -> None:
-    """ConfigError unless `folder` holds a config.json and safetensors of a whole model, whose weights can be read."""
+    """ConfigError unless `folder` holds a config.json and safetensors of a whole model, and only files in their places."""
+    try:
+        other = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES and not path.is_file()]
+    except OSError as e:
+        raise ConfigError(f"cannot read the model folder {folder}: {e.strerror}") from None
+    if other:
+        raise ConfigError(f"{name} is no model: {other[0]} is no regular file; put the model's own there")
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path") or "another model"
@@ -343,7 +350,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ConfigError where it cannot be read or is none."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"cannot read {path}: {first_line(e)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is damaged: it holds no JSON object")

@@ -49,8 +49,11 @@ def front_matter(folder: Path) -> dict[str, Any]:
     """The metadata of a model folder's own card, {} where it has none or it cannot be read."""
     from huggingface_hub import metadata_load
 
+    path = folder / "README.md"
+    if not path.is_file():  # a pipe would keep us for ever
+        return {}
     try:
-        return metadata_load(folder / "README.md") or {}
+        return metadata_load(path) or {}
     except Exception:  # no such file, no UTF-8, no YAML: a folder may hold anything
         return {}
 

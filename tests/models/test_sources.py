@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import resource
+import shutil
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +133,18 @@ def refused(source: str, **options) -> str:
         resolve_source(source, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "generation_config.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero"), None])
+def test_what_is_no_file_in_a_model_folder_is_refused_at_once(tiny_llama_folder, tmp_path, name, make):
+    shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    path = tmp_path / "model" / name
+    path.unlink(missing_ok=True)
+    (make or (lambda path: path.symlink_to(path.name)))(path)
+    assert f"{path} is no regular file" in refused(str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="is no regular file"):
+        content_hash(tmp_path / "model")
 
 
 def test_a_folder_is_itself(tiny_llama_folder, monkeypatch):
