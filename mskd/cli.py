@@ -315,12 +315,7 @@ def _run() -> int:
     except UsageError as e:
         return _fail(e.format_message() + "; mskd --help lists what there is")
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-            where = f" ({e.filename})" if e.filename else ""
-            return _fail(
-                f"{os.strerror(e.errno)}{where}; what was saved is kept: make room or choose another --out, go on"
-            )
-        raise
+        return _fail(_disk(e))
     except FloatingPointError as e:
         return _fail(str(e), 1)
     except KeyboardInterrupt:
@@ -333,6 +328,17 @@ def _run() -> int:
                 "stopped, the state is saved; the same command goes on from here", 143 if e.args == (15,) else 130
             )
         raise
+
+
+def _disk(error: OSError) -> str:
+    """What the system refused, in words, and what to do."""
+    where = error.filename2 or error.filename
+    what = f"{error.strerror or error}{f' ({where})' if where else ''}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{what}; what was saved is kept: make room or choose another --out, go on"
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP):
+        return f"{what}: something else is in the place of a file or folder; delete that and run the same command"
+    return f"{what}; mend that and run the same command"
 
 
 def _fail(message: str, code: int = 2) -> int:

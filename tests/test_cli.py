@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mskd.cli import from_flags
 from mskd.config import hardware, load, parse, to_toml
+from mskd.store.files import output_folder
 
 SMALL = [
     "--set", "phases.kd.epochs=0.5", "--set", "phases.kd.batch_size=4", "--set", "phases.minillm.rollouts=4",
@@ -54,9 +55,33 @@ def test_plain_flags_on_a_local_file(run, rows, tiny_llama_folder, tmp_path):
     assert code == 2 and "data.test is a file, and 2 data sets are given" in err[0]
     open(other["file"], "w").write("{")
     code, _, err = run(*asked, "--teacher", tiny_llama_folder, *SMALL[-4:])
-    assert code == 2 and "not a line of an evaluation; remove the file" in err[0]
+    assert code == 2 and "line 1 is no JSON" in err[0] and err[0].endswith("; delete it and run the same command")
     code, out, _ = run("report", tmp_path / "out" / "runs" / "run")
     assert code == 0 and out[-1].endswith("report.md")
+
+
+@pytest.mark.parametrize("out", ["~nosuchuser/x", "x" * 3000, "/proc/x"])
+def test_an_output_folder_that_cannot_be_is_one_line(run, rows, tiny_llama_folder, out):
+    flags = ["--teacher", tiny_llama_folder, "--student", "{layers = 2}", "--data", rows, "--out", out, *SMALL]
+    code, _, err = run("distill", *flags)
+    assert code == 2 and len(err) == 1 and err[0].startswith("mskd: cannot write to the output folder")
+    assert len(err[0]) < 300
+
+
+def test_an_output_folder_below_the_users_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert output_folder("~/out") == tmp_path / "out" and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("place", ["evals", "models", "runs"])
+def test_a_file_in_a_folders_place_is_one_line(run, rows, tiny_llama_folder, tmp_path, place):
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    path.write_text("a file")
+    flags = ["--teacher", tiny_llama_folder, "--student", "{layers = 2}", "--data", rows, "--out", tmp_path / "out"]
+    code, _, err = run("distill", *flags, *SMALL)
+    said = [line for line in err if line.startswith("mskd: ")]
+    assert code == 2 and len(said) == 1 and str(path) in said[0] and path.read_text() == "a file"
 
 
 def test_flags_stand_for_a_path_with_a_warm_up_where_a_model_is_cut():

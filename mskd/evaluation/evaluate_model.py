@@ -18,7 +18,7 @@ from mskd.evaluation import evaluate, zero_shot
 from mskd.evaluation.columns import COLUMNS, DASH, figure
 from mskd.evaluation.statistics import summarize
 from mskd.models.folder.declared import answer_ends
-from mskd.store.files import check_writable
+from mskd.store.files import output_folder
 from mskd.store.hashes import digest, weights_digest
 from mskd.store.progress import ticker
 
@@ -46,8 +46,7 @@ def evaluate_model(
     """
     hardware = detect(settings.run.device, "auto", settings.run.attention)
     check_backend(settings.run.backend, hardware.device)
-    out = Path(out)
-    check_writable(out)
+    out = output_folder(out)
     asked = zero_shot.load_tasks(tasks) if tasks else None
     default = [] if tasks and "source" not in settings.data.model_fields_set else [settings.data.source]
     sources = list(dict.fromkeys([*(data or default), *settings.evaluation.data]))

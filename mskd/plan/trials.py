@@ -26,6 +26,7 @@ from mskd.evaluation import evaluate
 from mskd.plan.proposals import from_config, with_paths
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph
+from mskd.store.files import output_folder
 from mskd.store.hashes import digest, weights_digest
 
 SHARE = 1 / 3  # of the full sweep's steps, at most
@@ -64,7 +65,7 @@ def measure(config: Config, out: Path, echo: Callable[[str], None] = print) -> R
     """
     if not config.data.validation:
         raise ConfigError("--measure chooses by validation items, of which there are none; set data.validation")
-    bench = Bench(config, out / "plan", echo)
+    bench = Bench(config, output_folder(out) / "plan", echo)
     left: list[Path_] = list(bench.config.chain.paths)
     total = bench.steps(left, 1.0)
     rungs = math.ceil(math.log2(len(left)))

@@ -36,7 +36,7 @@ from mskd.run.stop import Stop
 from mskd.run.sweep import Cell, cells, check_size, is_sweep
 from mskd.sampling.rollout import Interrupted
 from mskd.store.done import changed_since, read_done, write_done
-from mskd.store.files import check_writable, new_folder, write_json
+from mskd.store.files import new_folder, output_folder, write_json
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
 from mskd.store.progress import Tick, ticker
@@ -79,7 +79,7 @@ def distill(
     check_size(config, yes)
     with (stop or Stop()).listening() as listening:
         try:
-            return Sweep(config, Path(out), listening, echo).run()
+            return Sweep(config, out, listening, echo).run()
         except Interrupted:
             raise Interrupted(listening.signal) from None
 
@@ -112,13 +112,14 @@ class Sweep:
     Every cell's graph is made, and so checked, before anything is trained.
     """
 
-    def __init__(self, config: Config, out: Path, stop: Stop, echo: Callable[[str], None]) -> None:
-        self.config, self.directory = config, out / "runs" / config.name
+    def __init__(self, config: Config, out: str | Path, stop: Stop, echo: Callable[[str], None]) -> None:
+        self.config = config
         check_trackers(config.run.trackers)
         hardware = detect(config.run.device, config.train.precision, config.run.attention)
         if hardware.device.type == "cpu":
             keep_freed_memory()
-        check_writable(out)
+        out = output_folder(out)
+        self.directory = out / "runs" / config.name
         accelerator = make_accelerator(hardware)
         said = echo if accelerator.is_main_process else lambda line: None
         self.place = Workplace(out, stop, hardware, accelerator, said)
@@ -224,7 +225,7 @@ class Chain:
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
                 for file in changed_since(node.directory, done) if self.main else ():
-                    self.echo(f"{node.key}: {file} was changed after the training; it is read by nobody now")
+                    self.echo(f"{node.key}: {file} was changed after the training; nothing uses it now")
                 self._remove_states(node)  # which a kill may have left
                 return done
             if node.source is not None:

@@ -21,15 +21,19 @@ from mskd.config import ConfigError
 TMP = ".tmp-"
 
 
-def check_writable(out: Path) -> None:
-    """Make the output folder, or say in one line why it cannot be written."""
+def output_folder(given: str | Path) -> Path:
+    """The output folder, `~` expanded; it is made. Raises ConfigError where it cannot be written."""
     try:
+        out = Path(given).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as e:
-        raise ConfigError(f"cannot write to the output folder {out}: {e.strerror}; choose another with --out") from None
+        return out
+    except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: a user without a home; ValueError: a NUL
+        why = e.strerror if isinstance(e, OSError) else str(e).rstrip(".")
+        shown = str(given) if len(str(given)) < 200 else f"{str(given)[:100]}..."
+        raise ConfigError(f"cannot write to the output folder {shown!r}: {why}; choose another with --out") from None
 
 
 def write_text(path: Path, text: str) -> None:
