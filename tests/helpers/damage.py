@@ -115,34 +115,47 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
+MISSING = object()
+
+
 def _json(trees: list[Any], text: Callable[[list[Any]], str]) -> Iterator[Damage]:
     """Every field of every record missing and with every other value."""
     for number, tree in enumerate(trees):
-        for place in _fields(tree):
+        for place, old in _fields(tree):
             where = ".".join(map(str, [number, *place] if len(trees) > 1 else place))
-            changed = copy.deepcopy(trees)
-            *above, last = place
-            parent = changed[number]
-            for key in above:
-                parent = parent[key]
-            old = parent[last]
-            values = VALUES | ({"one more": old + 1} if isinstance(old, int | float) else {})
+            number_ = isinstance(old, int | float) and not isinstance(old, bool)
+            values = VALUES | {"missing": MISSING} | ({"one more": old + 1} if number_ else {})
             for name, value in values.items():
-                parent[last] = value
-                yield Damage(f"{where} = {name}", _writing(_mad(text(changed))))
-            del parent[last]
-            yield Damage(f"{where} missing", _writing(text(changed)))
+                yield Damage(f"{where} = {name}", _changing(trees, [number, *place], value, text))
+
+
+def _changing(
+    trees: list[Any], place: list[Any], value: Any, text: Callable[[list[Any]], str]
+) -> Callable[[Path], Any]:
+    def apply(path: Path) -> None:
+        changed = copy.deepcopy(trees)
+        parent: Any = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        if value is MISSING:
+            del parent[place[-1]]
+        else:
+            parent[place[-1]] = value
+        _writing(_mad(text(changed)))(path)
+
+    return apply
 
 
 def _mad(text: str) -> str:
     return text.replace('"@5000@"', "[" * 5000 + "]" * 5000).replace('"@digits@"', "9" * 5000)
 
 
-def _fields(tree: Any) -> Iterator[list[Any]]:
+def _fields(tree: Any) -> Iterator[tuple[list[Any], Any]]:
+    """Every place of a tree, and what is there."""
     children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in children:
-        yield [key]
-        yield from ([key, *below] for below in _fields(value))
+        yield [key], value
+        yield from (([key, *below], old) for below, old in _fields(value))
 
 
 def _lines(text: str) -> Iterator[Damage]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -174,6 +175,11 @@ def test_what_comes_from_the_hub_is_named_by_its_id(world):
     assert found.data.datasets == ["some-body/data"]
     assert "[some-body/Some_Model](https://huggingface.co/some-body/Some_Model), revision v1" in found.text
     assert ModelCard(card.card(facts_of(changed, done, "student"))).data.datasets is None  # nothing was trained
+
+
+def test_a_pipe_in_the_place_of_a_sources_card_says_no_licence(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert licence.front_matter(tmp_path) == {}
 
 
 # -- what writing leaves alone ---------------------------------------------------------------------
