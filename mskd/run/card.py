@@ -22,8 +22,8 @@ from mskd.report.tables import duration, short
 from mskd.run import card_figures, licence
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_text
-from mskd.store.hashes import digest, open_regular
-from mskd.store.reading import read_json
+from mskd.store.hashes import NotRegular, digest, open_regular
+from mskd.store.reading import Damaged, read_json
 from mskd.store.records import Cut, checked
 
 MAIN = ("steps", "epochs", "batch_size", "lr", "temperature", "kd_ratio", "mix_alpha", "student_share", "beta", "skew")
@@ -37,7 +37,8 @@ Done = Mapping[str, Mapping[str, Any]]  # done.json by the key of its node
 def write(node: Node, graph: Graph, done: Done, echo: Callable[[str], None] = print) -> None:
     """Write the card of a finished node, if it is not there, whole or not at all. A source's folder is never touched.
 
-    done: of the node and of all before it. Raises OSError where the card cannot be read or written.
+    done: of the node and of all before it. Raises Damaged where something else is in the card's place, OSError where it
+    cannot be written.
     """
     if node.source is not None:
         return
@@ -47,6 +48,8 @@ def write(node: Node, graph: Graph, done: Done, echo: Callable[[str], None] = pr
             old = f.read().decode("utf-8", "replace")
     except FileNotFoundError:
         old = None
+    except NotRegular as e:
+        raise Damaged(path, str(e.strerror)) from None
     if old == text:
         return
     if old is not None and not _is_signed(old):

@@ -14,7 +14,7 @@ import torch
 
 from mskd.store.done import damaged
 from mskd.store.files import TMP, disk_errors, sync_folder
-from mskd.store.hashes import file_digest
+from mskd.store.hashes import NotRegular, file_digest
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_state(folder: Path) -> State | None:
     path = files[-1]
     try:
         same = file_digest(path) == path.stem.split("-")[1]
-    except OSError as e:
+    except NotRegular as e:
         raise damaged(folder.parent, path, str(e.strerror)) from None
     if not same:
         raise damaged(folder.parent, path, "it is not what was saved (its digest is another)")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.store.files import TMP, write_json
-from mskd.store.hashes import file_digest, weights_digest
+from mskd.store.hashes import NotRegular, file_digest, weights_digest
 from mskd.store.reading import Damaged, read_json, sealed, unsealed
 from mskd.store.records import Done, Finished, FinishedTraining, checked
 
@@ -29,11 +29,8 @@ CARD = "README.md"  # every run that evaluates the model may add to it
 def write_done(folder: Path, done: Mapping[str, Any]) -> None:
     """Finish a node: write what there is to say of it, with the digests of its files."""
     files = [folder / METRICS, *(path for name in FOLDERS for path in sorted((folder / name).rglob("*")))]
-    vouched = {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in files
-        if path.is_file() and path.name != CARD and not path.name.startswith(TMP)
-    }
+    named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file() and path.name != CARD}
+    vouched = {name: file_digest(path) for name, path in named.items() if TMP not in name}
     write_json(folder / NAME, sealed({**done, "files": vouched}))
 
 
@@ -78,8 +75,8 @@ def _check_weights(folder: Path, done: Mapping[str, Any]) -> None:
             same = names == {path.name for path in model.glob("*.safetensors")}
         else:
             same = weights_digest(model) == done["weights"]
-    except OSError as e:
-        raise damaged(folder, Path(e.filename or model), str(e.strerror)) from None
+    except NotRegular as e:
+        raise damaged(folder, Path(e.filename), str(e.strerror)) from None
     if not same:
         raise damaged(folder, model, "its weights are not those that were written")
 
@@ -89,7 +86,7 @@ def _check(folder: Path, name: str, digest: str) -> None:
         same = file_digest(folder / name) == digest
     except FileNotFoundError:
         raise damaged(folder, folder / name, "it is gone") from None
-    except OSError as e:
+    except NotRegular as e:
         raise damaged(folder, folder / name, str(e.strerror)) from None
     if not same:
         raise damaged(folder, folder / name, "it is not what was written (its digest is another)")

@@ -24,26 +24,34 @@ def stream_seed(seed: int, *names: Any) -> int:
     return int(digest([seed, *names])[:16], 16) >> 2
 
 
+class NotRegular(OSError):
+    """Something that is no regular file is in a file's place; strerror says what."""
+
+
 def open_regular(path: Path) -> io.BufferedReader:
-    """A file opened for reading. Raises OSError for a FIFO or a device, which would keep us for ever, and a folder."""
+    """A file opened for reading. Raises NotRegular for a pipe or a device, which would keep us for ever, a folder, ...
+
+    Other errors of the system are raised as they are.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except NotADirectoryError:
+    except NotADirectoryError as e:
         above = next(folder for folder in reversed(path.parents) if not folder.is_dir())
-        raise NotADirectoryError(errno.ENOTDIR, f"{above} is no folder", str(path)) from None
-    except ValueError as e:  # a NUL in its name
-        raise FileNotFoundError(errno.ENOENT, str(e), str(path)) from None
+        raise NotRegular(e.errno, f"{above} is no folder", str(path)) from None
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):  # links in a circle; ENXIO: a socket
+            raise NotRegular(e.errno, e.strerror, str(path)) from None
+        raise
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "a folder is in its place", str(path))
-    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    what = "a folder is in its place" if stat.S_ISDIR(mode) else "it is no regular file"
+    raise NotRegular(errno.EINVAL, what, str(path))
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises OSError where it cannot be read or is no regular file."""
+    """SHA-256 of a file's bytes. Raises NotRegular, OSError."""
     with open_regular(path) as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

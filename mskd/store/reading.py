@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import ConfigError
-from mskd.store.hashes import digest, open_regular
+from mskd.store.hashes import NotRegular, digest, open_regular
 
 SEAL = "digest"  # the key of a record's seal
 MOST_BYTES = 2**30  # of a record; more is no record of ours
@@ -43,7 +43,7 @@ def read_text(path: Path) -> str:
         if path.is_symlink():
             raise Damaged(path, "it is a link to nothing") from None
         raise
-    except OSError as e:
+    except NotRegular as e:
         raise Damaged(path, str(e.strerror)) from None
     except UnicodeDecodeError as e:
         raise Damaged(path, f"byte {e.start} is no UTF-8") from None
