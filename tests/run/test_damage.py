@@ -17,7 +17,7 @@ from mskd.config import load, to_toml
 from mskd.evaluation import statistics
 from mskd.run.chain import distill
 
-SECONDS = 20  # for any command on this run
+SECONDS = 60  # for any command on this run, on a busy machine; it takes one or two
 OUTPUTS = {"report.md", "report.html", "lock"}  # what a command writes anew, as it does pictures
 READ = ("index.json", "done.json", "config.toml", "metrics.jsonl")  # by a report, besides evaluations
 
@@ -64,12 +64,16 @@ def quick(monkeypatch):
 # -- what a command may do ------------------------------------------------------------------------
 
 
+class Late(BaseException):
+    """No Exception: the command must not take it for an error of its own."""
+
+
 @contextlib.contextmanager
 def limited():
-    """TimeoutError after SECONDS, also where a read of a pipe waits."""
+    """Late after SECONDS, also where a read of a pipe waits."""
 
     def late(*arguments):
-        raise TimeoutError(f"more than {SECONDS} s")
+        raise Late(f"more than {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
@@ -95,7 +99,7 @@ def wrong(run, setting, command, file, damage, whole="whole"):
     try:
         with limited():
             code, out, err = run(*command(setting))
-    except Exception as e:
+    except (Exception, Late) as e:
         return repr(e)
     said = [line for line in err if line.startswith("mskd: ")]
     if code == 2:
@@ -174,7 +178,7 @@ def test_a_report_of_damaged_files(run, setting):
 
 
 def test_the_same_command_on_damaged_files(run, setting):
-    check(run, setting, again, cases(setting, 1, share=0.4))
+    check(run, setting, again, cases(setting, 1, share=0.3))
 
 
 def restored(setting):
@@ -264,7 +268,7 @@ def test_a_run_of_an_earlier_version_is_read_and_goes_on(run, earlier):
 
 def test_damaged_files_of_an_earlier_version(run, earlier):
     check(run, earlier, report, cases(earlier, 4, wanted=in_report, whole="earlier"), "earlier")
-    check(run, earlier, again, cases(earlier, 1, share=0.2, whole="earlier"), "earlier")
+    check(run, earlier, again, cases(earlier, 1, share=0.1, whole="earlier"), "earlier")
 
 
 @pytest.mark.slow
