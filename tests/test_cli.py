@@ -64,8 +64,7 @@ def test_plain_flags_on_a_local_file(run, rows, tiny_llama_folder, tmp_path):
 def test_an_output_folder_that_cannot_be_is_one_line(run, rows, tiny_llama_folder, out):
     flags = ["--teacher", tiny_llama_folder, "--student", "{layers = 2}", "--data", rows, "--out", out, *SMALL]
     code, _, err = run("distill", *flags)
-    assert code == 2 and len(err) == 1 and err[0].startswith("mskd: cannot write to the output folder")
-    assert len(err[0]) < 300
+    assert code == 2 and len(err) == 1 and "the output folder" in err[0] and len(err[0]) < 300
 
 
 def test_an_output_folder_below_the_users_home(monkeypatch, tmp_path):

@@ -221,7 +221,8 @@ class Chain:
     def _ensure(self, node: Node) -> dict[str, Any]:
         """done.json of a node, after making the node if need be."""
         with self.place.locked(node.directory):
-            done = self._agree(read_done(node.directory, trained=bool(node.phases)) if self.main else None)
+            trained = bool(node.phases)
+            done = self._agree(read_done(node.directory, node=node.hash, trained=trained) if self.main else None)
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
                 for file in changed_since(node.directory, done) if self.main else ():

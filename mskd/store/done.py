@@ -46,15 +46,17 @@ def read_record(folder: Path, kind: type[Done] = Done) -> dict[str, Any]:
     return done
 
 
-def read_done(folder: Path, *, trained: bool = False) -> dict[str, Any] | None:
+def read_done(folder: Path, *, node: str | None = None, trained: bool = False) -> dict[str, Any] | None:
     """What done.json of a node says, or None where the node is not finished.
 
-    Raises Damaged unless it and all that it vouches for is what was written.
+    node: its hash. Raises Damaged unless done.json and all that it vouches for is what was written for this node.
     """
     try:
         done = read_record(folder, FinishedTraining if trained else Finished)
     except FileNotFoundError:
         return None
+    if node is not None and done.get("hash", node) != node:
+        raise damaged(folder, folder / NAME, "it is that of another node")
     for name, digest in done.get("files", {}).items():
         if not name.startswith(INFORM):
             _check(folder, name, digest)

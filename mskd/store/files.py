@@ -17,23 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import ConfigError
+from mskd.config.problems import local_path
 
 TMP = ".tmp-"
 
 
 def output_folder(given: str | Path) -> Path:
     """The output folder, `~` expanded; it is made. Raises ConfigError where it cannot be written."""
+    out = local_path(given, "the output folder")
     try:
-        out = Path(given).expanduser()
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"
         probe.touch()
         probe.unlink()
         return out
-    except (OSError, RuntimeError, ValueError) as e:  # RuntimeError: a user without a home; ValueError: a NUL
-        why = e.strerror if isinstance(e, OSError) else str(e).rstrip(".")
-        shown = str(given) if len(str(given)) < 200 else f"{str(given)[:100]}..."
-        raise ConfigError(f"cannot write to the output folder {shown!r}: {why}; choose another with --out") from None
+    except OSError as e:
+        raise ConfigError(f"cannot write to the output folder {out}: {e.strerror}; choose another with --out") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from mskd.config.problems import WIDTH, shown
 from mskd.store.reading import Damaged
-
-WIDTH = 60  # characters of a wrong value that are shown
 
 
 def _inside(path: str) -> str:
@@ -302,17 +301,10 @@ def checked(kind: type[Record], tree: Any, path: Path, line: int | None = None) 
 def _first(error: ValidationError) -> str:
     """The first problem of a pydantic error in words."""
     problem = error.errors(include_url=False)[0]
-    field = _short(".".join(map(str, problem["loc"])))
+    field = ".".join(map(str, problem["loc"]))
+    field = field if len(field) <= WIDTH else f"{field[:WIDTH]}..."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "missing":
         return f"field {field} is missing"
-    try:
-        value = repr(problem["input"])
-    except (ValueError, RecursionError):  # an integer of thousands of digits, lists in lists
-        value = f"a value of type {type(problem['input']).__name__}"
-    return f"{f'field {field}' if field else 'it'} is {_short(value)}: {message}"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+    return f"{f'field {field}' if field else 'it'} is {shown(problem['input'])}: {message}"

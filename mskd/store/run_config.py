@@ -7,10 +7,10 @@ config, text = read_config(folder / "config.toml")
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from pathlib import Path
 
 from mskd.config import Config, ConfigError, parse, to_toml
+from mskd.config.problems import read_toml
 from mskd.store.files import write_text
 from mskd.store.reading import Damaged, read_text
 
@@ -36,12 +36,10 @@ def read_config(path: Path) -> tuple[Config, str]:
     elif first != f"{SEAL}{_digest(text)}":
         raise Damaged(path, "it is not what was written (its digest is another)")
     try:
-        return parse(tomllib.loads(text), where=path.name), text
-    except RecursionError:
-        why = "it is nested too deep"
-    except ValueError as e:  # ConfigError, tomllib's own, and Python's for an integer of thousands of digits
+        return parse(read_toml(text, path.name), where=path.name), text
+    except ConfigError as e:
         why = str(e).removeprefix(f"{path.name}: ")
-    raise ConfigError(f"{path} is no configuration ({why}); delete it and run the same command")
+        raise ConfigError(f"{path} is no configuration ({why}); delete it and run the same command") from None
 
 
 def _digest(text: str) -> str:

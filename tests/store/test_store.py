@@ -164,6 +164,14 @@ def test_done_vouches_for_every_file_and_for_itself(tmp_path):
             read_done(node)
 
 
+def test_the_record_of_another_node_is_not_taken(tmp_path):
+    done = {"weights": None, "parameters": 10, "versions": {}, "hardware": "CPU", "hash": "one"}
+    write_done(tmp_path, done)
+    assert read_done(tmp_path, node="one")["parameters"] == 10
+    with pytest.raises(ConfigError, match="^damaged: .*done.json: it is that of another node; delete the folder"):
+        read_done(tmp_path, node="another")
+
+
 def test_what_only_informs_may_change_and_is_said_to_have(tmp_path):
     finish(tmp_path)
     (tmp_path / "model" / "README.md").write_text("another card")
