@@ -35,7 +35,7 @@ from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
 from mskd.run.sweep import Cell, cells, check_size, is_sweep
 from mskd.sampling.rollout import Interrupted
-from mskd.store.done import changed_since, read_done, write_done
+from mskd.store.done import changed_since, digests, is_whole, read_done, write_done
 from mskd.store.files import new_folder, output_folder, write_json
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
@@ -260,7 +260,7 @@ class Chain:
         folder = node.start.folder if node.start else self.graph.folders[node.name]
         done: dict[str, Any] = {}
         cut = node.directory / ("cut" if node.phases else "model")
-        if node.config.layers is not None and self.main and not cut.is_dir():
+        if node.config.layers is not None and self.main and not is_whole(cut, "layers.json"):
             model = self._load(folder)
             rows = sorted(self.data.train, key=lambda e: digest(e.prompt))[:SAMPLE_ROWS]
             parts = chunks(rows, 8)
@@ -270,7 +270,8 @@ class Chain:
             with new_folder(cut) as tmp:  # in a dtype in which not a bit changes
                 dtype = exact_dtype(folder)
                 models.save_model(prune.cut(model, keep), self.tokenizer, tmp, ends=self.graph.ends, dtype=dtype)
-                write_json(tmp / "layers.json", {"kept": keep, "influence": influence})
+                layers = {"kept": keep, "influence": influence, "files": digests(tmp)}
+                write_json(tmp / "layers.json", sealed(layers))
         self.accelerator.wait_for_everyone()
         if node.phases:
             return done | self._train(node, cut if node.config.layers is not None else folder, None)

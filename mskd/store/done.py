@@ -18,7 +18,7 @@ from typing import Any
 from mskd.store.files import TMP, write_json
 from mskd.store.hashes import NotRegular, file_digest, weights_digest
 from mskd.store.reading import Damaged, read_json, sealed, unsealed
-from mskd.store.records import Done, Finished, FinishedTraining, checked
+from mskd.store.records import Cut, Done, Finished, FinishedTraining, checked
 
 NAME, METRICS = "done.json", "metrics.jsonl"
 FOLDERS = ("model", "phases", "cut", "responses")  # of a node, with files to vouch for
@@ -26,12 +26,20 @@ INFORM = (METRICS, "responses/")  # nothing that comes later depends on these
 CARD = "README.md"  # every run that evaluates the model may add to it
 
 
+def digests(folder: Path, *below: str) -> dict[str, str]:
+    """SHA-256 of the files in a folder, or in some folders and files below it, by path. Cards are left out."""
+    paths = [path for name in below or (".",) for path in (folder / name, *sorted((folder / name).rglob("*")))]
+    files = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file() and path.name != CARD}
+    return {name: file_digest(path) for name, path in files.items() if TMP not in name}
+
+
 def write_done(folder: Path, done: Mapping[str, Any]) -> None:
-    """Finish a node: write what there is to say of it, with the digests of its files."""
-    files = [folder / METRICS, *(path for name in FOLDERS for path in sorted((folder / name).rglob("*")))]
-    named = {path.relative_to(folder).as_posix(): path for path in files if path.is_file() and path.name != CARD}
-    vouched = {name: file_digest(path) for name, path in named.items() if TMP not in name}
-    write_json(folder / NAME, sealed({**done, "files": vouched}))
+    """Finish a node: write what there is to say of it, with the digests of its files.
+
+    done["files"] holds those that were taken before, when the file was written.
+    """
+    files = {**digests(folder, *FOLDERS, METRICS), **done.get("files", {})}
+    write_json(folder / NAME, sealed({**done, "files": files}))
 
 
 def read_record(folder: Path, kind: type[Done] = Done) -> dict[str, Any]:
@@ -92,6 +100,19 @@ def _check(folder: Path, name: str, digest: str) -> None:
         raise damaged(folder, folder / name, str(e.strerror)) from None
     if not same:
         raise damaged(folder, folder / name, "it is not what was written (its digest is another)")
+
+
+def is_whole(cut: Path, record: str) -> bool:
+    """Whether a model that was cut, of a node that is not finished, is there as it was written.
+
+    Its record holds the digests; one of an earlier version has none and vouches for nothing.
+    """
+    path = cut / record
+    try:
+        files = checked(Cut, unsealed(path, read_json(path)), path).get("files", {})
+        return all(file_digest(cut / name) == digest for name, digest in files.items())
+    except (FileNotFoundError, NotRegular, Damaged):
+        return False
 
 
 def changed_since(folder: Path, done: Mapping[str, Any]) -> list[str]:

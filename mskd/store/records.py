@@ -170,9 +170,10 @@ class Done(Record):
 
 
 class Cut(Record):
-    """layers.json of a model that was cut: which layers of the one above it."""
+    """layers.json of a model that was cut: which layers of the one above it, and the digests of the model's files."""
 
     kept: list[Count]
+    files: dict[Inside, Hex] = {}
 
 
 class Finished(Done):

@@ -23,6 +23,7 @@ from mskd.config.phases import MinillmPhase, Mixed, Phase, SftPhase, resolve_ste
 from mskd.models import Student, save_model
 from mskd.sampling.rollout import Interrupted
 from mskd.store import checkpoint
+from mskd.store.done import digests
 from mskd.store.files import new_folder
 from mskd.store.hashes import stream_seed, weights_digest
 from mskd.training import objective
@@ -52,6 +53,7 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     phase_seconds: list[float] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)  # digests of the phases' models, taken as they were written
 
 
 # -- one optimizer step ----------------------------------------------------------------------------
@@ -117,6 +119,7 @@ def train(job: Job) -> dict[str, Any]:
             "seconds": round(progress.seconds, 1),
             "phase_seconds": progress.phase_seconds,
             "skipped_steps": progress.skipped,
+            "files": progress.files,
         }
         return done
     return {}
@@ -241,8 +244,10 @@ def validation_nll(job: Job, prepared: Any, phase: Phase) -> float:
 def finish_phase(job: Job, phase: Phase, progress: Progress, saver: Saver) -> None:
     """Leave the phase's weights as a model of their own, unless they are the hop's result, and go on to the next."""
     if progress.phase < len(job.phases) - 1 and job.accelerator.is_main_process:
-        with new_folder(job.directory / "phases" / f"{progress.phase}-{phase.objective}") as folder:
+        name = f"phases/{progress.phase}-{phase.objective}"
+        with new_folder(job.directory / name) as folder:
             save_model(job.student, job.tokenizer, folder, ends=job.ends, dtype=job.save_dtype)
+        progress.files |= digests(job.directory, name)
     progress.phase_seconds.append(round(progress.seconds - sum(progress.phase_seconds), 1))
     progress.phase, progress.step, progress.best, progress.best_step = progress.phase + 1, 0, None, 0
     progress.skipped_in_a_row = 0

@@ -193,6 +193,20 @@ def test_a_state_that_a_kill_left_behind_goes_with_the_next_command(run, setting
     assert run(*again(setting))[0] == 0 and not (hop / "state").exists()
 
 
+def test_a_cut_that_was_damaged_before_its_node_was_finished_is_made_again(run, setting):
+    out, _ = restored(setting)
+    (node,) = out.glob("models/student-*")
+    (node / "done.json").unlink()
+    for name in ("model.safetensors", "config.json"):
+        file = node / "model" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + b"xx")
+        code, lines, _ = run(*again(setting))
+        assert code == 0 and file.read_bytes() == whole and any("keeps layers" in line for line in lines)
+        (node / "done.json").unlink()
+    assert run(*again(setting))[0] == 0
+
+
 def test_changed_metrics_are_said_to_be_and_their_curves_left_out(run, setting):
     out, hop = restored(setting)
     metrics = hop / "metrics.jsonl"

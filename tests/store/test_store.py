@@ -11,7 +11,7 @@ import torch
 
 from mskd.config import ConfigError
 from mskd.store import checkpoint
-from mskd.store.done import changed_since, read_done, write_done
+from mskd.store.done import changed_since, digests, read_done, write_done
 from mskd.store.files import new_folder, write_json, write_text
 from mskd.store.hashes import digest, stream_seed, weights_digest
 from mskd.store.locks import lock
@@ -162,6 +162,19 @@ def test_done_vouches_for_every_file_and_for_itself(tmp_path):
         harm(node / name)
         with pytest.raises(ConfigError, match=f"^damaged: {node / name}: .*; delete the folder {node} and run"):
             read_done(node)
+
+
+def test_a_file_that_was_damaged_before_its_node_was_finished_is_found(tmp_path):
+    """A snapshot's digest is taken when it is written: what a kill and a disk do until the node's end is seen."""
+    snapshot = tmp_path / "phases" / "0-kd" / "config.json"
+    snapshot.parent.mkdir(parents=True)
+    snapshot.write_text("{}")
+    taken = digests(tmp_path, "phases/0-kd")
+    assert list(taken) == ["phases/0-kd/config.json"]
+    snapshot.write_text("[]")
+    write_done(tmp_path, {"weights": None, "parameters": 10, "versions": {}, "hardware": "CPU", "files": taken})
+    with pytest.raises(ConfigError, match=f"^damaged: {snapshot}: it is not what was written"):
+        read_done(tmp_path)
 
 
 def test_the_record_of_another_node_is_not_taken(tmp_path):
