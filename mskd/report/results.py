@@ -248,6 +248,8 @@ def settings(run: Path) -> list[Stored]:
 def _read_index(directory: Path) -> dict[str, Any]:
     """index.json, if it is one. Raises ConfigError."""
     path = directory / "index.json"
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is no run: it is no folder; give a folder like OUT/runs/NAME")
     try:
         tree = read_json(path)
         index = checked(Index, tree, path)
@@ -255,6 +257,8 @@ def _read_index(directory: Path) -> dict[str, Any]:
         return index
     except FileNotFoundError:
         raise ConfigError(f"{directory} is no run: it has no index.json; give a folder like OUT/runs/NAME") from None
+    except Damaged as e:
+        raise Damaged(e.path, e.what, "run the same mskd distill again, which writes it anew") from None
 
 
 def _evals(cell: Mapping[str, Any], data: str | None = None) -> list[Mapping[str, Any]]:

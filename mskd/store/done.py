@@ -129,4 +129,4 @@ def changed_since(folder: Path, done: Mapping[str, Any]) -> list[str]:
 
 def damaged(folder: Path, path: Path, what: str) -> Damaged:
     """A file of a node is damaged, which the whole node has to be made again for."""
-    return Damaged(path, what, f"the folder {folder}")
+    return Damaged(path, what, f"delete the folder {folder} and run the same command")

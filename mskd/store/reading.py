@@ -22,13 +22,10 @@ MOST_BYTES = 2**30  # of a record; more is no record of ours
 
 
 class Damaged(ConfigError):
-    """A stored file is not what was written. The message is one line: which file, what is wrong, what to do.
+    """A stored file is not what was written. The message is one line: which file, what is wrong, what to do."""
 
-    delete: what to delete so that it is made again, by default the file.
-    """
-
-    def __init__(self, path: Path, what: str, delete: str = "it") -> None:
-        super().__init__(f"damaged: {path}: {what}; delete {delete} and run the same command")
+    def __init__(self, path: Path, what: str, remedy: str = "delete it and run the same command") -> None:
+        super().__init__(f"damaged: {path}: {what}; {remedy}")
         self.path, self.what = path, what
 
 

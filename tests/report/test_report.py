@@ -268,12 +268,14 @@ def test_different_items_are_not_compared(run):
 
 
 def test_a_folder_that_is_no_run_is_refused(run, tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ConfigError, match="is no run: it has no index.json"):
+    (tmp_path / "file").write_text("of somebody")
+    places = ((tmp_path, "has no index.json"), (tmp_path / "nowhere", "no folder"), (tmp_path / "file", "no folder"))
+    for folder, why in places:
+        with pytest.raises(ConfigError, match=f"is no run: it (is )?{why}.*; give a folder like OUT/runs/NAME"):
             write_report(folder)
     for text in ("{", "[]", "{}"):
         (run / "index.json").write_text(text)
-        with pytest.raises(ConfigError, match="damaged: .*index.json: .*; delete it and run the same command"):
+        with pytest.raises(ConfigError, match="damaged: .*index.json: .*; run the same mskd distill again"):
             summary(run)
 
 

@@ -220,5 +220,5 @@ def test_a_name_is_text_in_the_drawing(tmp_path):
 def test_a_damaged_cell_is_one_clear_line(tmp_path):
     run = make_sweep(tmp_path)
     change_index(run, lambda index: index["cells"][1]["evals"][0].pop("file"))
-    with pytest.raises(ConfigError, match="damaged: .*index.json: field cells.1.evals.0.file is missing; delete it"):
+    with pytest.raises(ConfigError, match="damaged: .*index.json: field cells.1.evals.0.file is missing; run"):
         write_report(run)
