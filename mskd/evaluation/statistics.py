@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mskd.store.hashes import digest
-from mskd.store.reading import Damaged, parsed, read_text, unsealed_lines
-from mskd.store.records import Line, checked
+from mskd.store import records
+from mskd.store.reading import Damaged
 
 RESAMPLES = 10_000
 SEED = 0  # of the resampling: the same lines give the same interval, always
@@ -34,15 +33,12 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 
 def read_evaluation(path: Path) -> tuple[list[dict[str, Any]], str]:
     """The lines of an evaluation file and their digest. Raises FileNotFoundError, Damaged."""
-    texts = read_text(path).removesuffix("\n").split("\n")
-    trees = [parsed(text, path, number) for number, text in enumerate(texts, 1)]
-    lines = [checked(Line, tree, path, number) for number, tree in enumerate(trees, 1)]
-    written = unsealed_lines(path, trees)
+    lines, digest = records.read_lines(records.Line, path)
     asked = {(line["item"], line["seed"]) for line in lines}
     items, seeds = ({pair[i] for pair in asked} for i in (0, 1))
     if len(lines) != len(asked) or len(asked) != len(items) * len(seeds) or max(items) != len(items) - 1:
         raise Damaged(path, f"{len(lines)} lines are not one for every item and seed")
-    return lines, digest(written)
+    return lines, digest
 
 
 def item_values(lines: Lines, field: str, teacher: str | None = None) -> dict[int, float]:

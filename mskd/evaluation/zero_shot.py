@@ -29,8 +29,8 @@ import torch
 from mskd.config import ConfigError, EvalConfig
 from mskd.store.files import write_json
 from mskd.store.hashes import digest
-from mskd.store.reading import read_json, sealed, unsealed
-from mskd.store.records import Asked, checked
+from mskd.store.reading import sealed
+from mskd.store.records import Asked, read_record
 
 SEED, NUMPY_SEED, TORCH_SEED, FEWSHOT_SEED = 0, 1234, 1234, 1234  # the defaults of lm-eval's command line
 LOCATION = {"dataset_path", "dataset_name", "dataset_kwargs"}  # where a task's data are, not what they are
@@ -254,9 +254,7 @@ def _plain(value: Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file of `run_tasks`, without its lines. Raises Damaged where it is not what was written."""
-    tree = read_json(path)
-    found = checked(Asked, tree, path)
-    unsealed(path, tree)
+    found = read_record(Asked, path)
     del found["lines"]
     return found
 

@@ -30,9 +30,9 @@ from mskd.evaluation.statistics import (
     read_evaluation,
     summarize,
 )
-from mskd.store.done import METRICS, changed_since, read_record
-from mskd.store.reading import Damaged, parsed, read_json, read_text, unsealed
-from mskd.store.records import Index, Step, checked
+from mskd.store.done import METRICS, changed_since, read_own
+from mskd.store.reading import Damaged, parsed, read_text
+from mskd.store.records import Index, Step, checked, read_record
 from mskd.store.run_config import read_config
 
 Files = tuple[str, ...]  # the evaluations of one model, a file for each cell; empty where there is none
@@ -213,7 +213,7 @@ class Stored:
         """done.json of a node's folder; None where it is absent. Raises Damaged."""
         if folder not in self._done:
             try:
-                self._done[folder] = read_record(self.out / folder)
+                self._done[folder] = read_own(self.out / folder)
             except FileNotFoundError:
                 self._done[folder] = None
         return self._done[folder]
@@ -251,10 +251,7 @@ def _read_index(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ConfigError(f"{directory} is no run: it is no folder; give a folder like OUT/runs/NAME")
     try:
-        tree = read_json(path)
-        index = checked(Index, tree, path)
-        unsealed(path, tree)
-        return index
+        return read_record(Index, path)
     except FileNotFoundError:
         raise ConfigError(f"{directory} is no run: it has no index.json; give a folder like OUT/runs/NAME") from None
     except Damaged as e:

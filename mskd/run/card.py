@@ -23,8 +23,8 @@ from mskd.run import card_figures, licence
 from mskd.run.nodes import Graph, Node
 from mskd.store.files import write_text
 from mskd.store.hashes import NotRegular, digest, open_regular
-from mskd.store.reading import Damaged, read_json
-from mskd.store.records import Cut, checked
+from mskd.store.reading import Damaged
+from mskd.store.records import Cut, read_record
 
 MAIN = ("steps", "epochs", "batch_size", "lr", "temperature", "kd_ratio", "mix_alpha", "student_share", "beta", "skew")
 QUESTION = "Name three rivers of Europe."
@@ -242,7 +242,7 @@ def _kept(node: Node) -> list[int]:
     for name in ("model", "cut"):
         try:
             path = node.directory / name / "layers.json"
-            kept: list[int] = checked(Cut, read_json(path), path)["kept"]
+            kept: list[int] = read_record(Cut, path)["kept"]
             return kept
         except FileNotFoundError:
             continue

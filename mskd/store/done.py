@@ -17,8 +17,8 @@ from typing import Any
 
 from mskd.store.files import TMP, write_json
 from mskd.store.hashes import NotRegular, file_digest, weights_digest
-from mskd.store.reading import Damaged, read_json, sealed, unsealed
-from mskd.store.records import Cut, Done, Finished, FinishedTraining, checked
+from mskd.store.reading import Damaged, sealed
+from mskd.store.records import Cut, Done, Finished, FinishedTraining, read_record
 
 NAME, METRICS = "done.json", "metrics.jsonl"
 FOLDERS = ("model", "phases", "cut", "responses")  # of a node, with files to vouch for
@@ -42,16 +42,12 @@ def write_done(folder: Path, done: Mapping[str, Any]) -> None:
     write_json(folder / NAME, sealed({**done, "files": files}))
 
 
-def read_record(folder: Path, kind: type[Done] = Done) -> dict[str, Any]:
+def read_own(folder: Path, kind: type[Done] = Done) -> dict[str, Any]:
     """What done.json of a node says; no other file is read. Raises FileNotFoundError, Damaged."""
-    path = folder / NAME
     try:
-        tree = read_json(path)
-        done = checked(kind, tree, path)
-        unsealed(path, tree)
+        return read_record(kind, folder / NAME)
     except Damaged as e:
         raise damaged(folder, e.path, e.what) from None
-    return done
 
 
 def read_done(folder: Path, *, node: str | None = None, trained: bool = False) -> dict[str, Any] | None:
@@ -60,7 +56,7 @@ def read_done(folder: Path, *, node: str | None = None, trained: bool = False) -
     node: its hash. Raises Damaged unless done.json and all that it vouches for is what was written for this node.
     """
     try:
-        done = read_record(folder, FinishedTraining if trained else Finished)
+        done = read_own(folder, FinishedTraining if trained else Finished)
     except FileNotFoundError:
         return None
     if node is not None and done.get("hash", node) != node:
@@ -107,9 +103,8 @@ def is_whole(cut: Path, record: str) -> bool:
 
     Its record holds the digests; one of an earlier version has none and vouches for nothing.
     """
-    path = cut / record
     try:
-        files = checked(Cut, unsealed(path, read_json(path)), path).get("files", {})
+        files = read_record(Cut, cut / record).get("files", {})
         return all(file_digest(cut / name) == digest for name, digest in files.items())
     except (FileNotFoundError, NotRegular, Damaged):
         return False

@@ -1,6 +1,7 @@
 """What runs leave on disk as records that are checked: index.json, done.json, evaluations, metrics, responses.
 
-    index = checked(Index, read_json(path), path)          # Damaged: which file, line and field
+    index = read_record(Index, path)                # Damaged: which file, line and field
+    lines, digest = read_lines(Line, path)
 
 Fields that are not named here are left out, so that files of other versions can be read. Numbers are finite and have
 bounds far outside of what a run can give: what lies beyond them was damaged.
@@ -14,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from mskd.config.problems import WIDTH, shown
-from mskd.store.reading import Damaged
+from mskd.store.hashes import digest
+from mskd.store.reading import Damaged, parsed, read_json, read_text, unsealed, unsealed_lines
 
 
 def _inside(path: str) -> str:
@@ -26,7 +28,7 @@ def _inside(path: str) -> str:
 def _figure(value: Any) -> Any:
     if isinstance(value, bool) or not (value is None or isinstance(value, str | int | float)):
         raise ValueError("it must be a number, a string or null")
-    if isinstance(value, int | float) and not -1e300 <= value <= 1e300:
+    if isinstance(value, int | float) and not -1e50 <= value <= 1e50:
         raise ValueError("it must be a finite number")
     return value
 
@@ -45,7 +47,7 @@ def _of_a_model(figures: dict[str, Any]) -> dict[str, Any]:
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Whole = Annotated[int, Field(ge=-(2**63), lt=2**64)]
-Number = Annotated[float, Field(ge=-1e12, le=1e12)]
+Number = Annotated[float, Field(ge=-1e50, le=1e50)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Inside = Annotated[str, AfterValidator(_inside)]
 Words = Annotated[str, Field(pattern=r"\S")]
@@ -285,7 +287,26 @@ class Step(Record):
     objective: str | None = None
 
 
-# -- checking -------------------------------------------------------------------------------------
+# -- reading --------------------------------------------------------------------------------------
+
+
+def read_record(kind: type[Record], path: Path) -> dict[str, Any]:
+    """A record that is a file of its own. Raises FileNotFoundError, Damaged."""
+    tree = read_json(path)
+    record = checked(kind, tree, path)
+    unsealed(path, tree)
+    return record
+
+
+def read_lines(kind: type[Record], path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Records that are the lines of a file, and the digest of them all. Raises FileNotFoundError, Damaged."""
+    texts = read_text(path).removesuffix("\n").split("\n")
+    trees = [parsed(text, path, number) for number, text in enumerate(texts, 1)]
+    records = [checked(kind, tree, path, number) for number, tree in enumerate(trees, 1)]
+    try:
+        return records, digest(unsealed_lines(path, trees))
+    except RecursionError:  # in a field that no version of ours has
+        raise Damaged(path, "it is nested too deep") from None
 
 
 def checked(kind: type[Record], tree: Any, path: Path, line: int | None = None) -> dict[str, Any]:

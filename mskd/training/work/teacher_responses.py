@@ -22,8 +22,8 @@ from mskd.sampling.rollout import sample
 from mskd.store.files import write_text
 from mskd.store.hashes import stream_seed
 from mskd.store.progress import Tick
-from mskd.store.reading import Damaged, parsed, read_text, sealed_lines, unsealed_lines
-from mskd.store.records import Response, checked
+from mskd.store.reading import Damaged, sealed_lines
+from mskd.store.records import Response, read_lines
 from mskd.training.job import Job
 
 BATCHES = 8  # of the decoder in one part: what a kill can lose
@@ -88,10 +88,7 @@ def _sampled(job: Job, asked: TeacherResponses, part: Sequence[int], seed: int) 
 
 
 def _read(file: Path, part: Sequence[int]) -> list[tuple[int, ...]]:
-    texts = read_text(file).removesuffix("\n").split("\n")
-    trees = [parsed(text, file, number) for number, text in enumerate(texts, 1)]
-    rows = [checked(Response, tree, file, number) for number, tree in enumerate(trees, 1)]
-    unsealed_lines(file, trees)
+    rows, _ = read_lines(Response, file)
     if [row["example"] for row in rows] != list(part):
         raise Damaged(file, "it does not hold the responses to its prompts")
     return [tuple(row["ids"]) for row in rows]
