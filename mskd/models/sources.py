@@ -102,7 +102,7 @@ def _allowed() -> str:
 
 
 def check_folder(folder: Path, name: str | Path) -> None:
-    """ConfigError unless `folder` holds a config.json and safetensors of a whole model, and only files in their places."""
+    """ConfigError unless `folder` holds a config.json and safetensors of a whole model, each a regular file."""
     try:
         other = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES and not path.is_file()]
     except OSError as e:
