@@ -6,6 +6,7 @@ from mskd.config.schema import (
     Batching,
     Config,
     DataConfig,
+    DataSettings,
     EvalConfig,
     EvaluateConfig,
     ModelConfig,
@@ -20,7 +21,7 @@ from mskd.config.schema import (
 from mskd.config.toml import to_toml, toml_value
 
 __all__ = [
-    "RECIPES", "Batching", "Config", "ConfigError", "DataConfig", "EvalConfig", "EvaluateConfig", "ModelConfig",
-    "Precision", "RunConfig", "TrainConfig", "all_paths", "load", "parse", "recipes", "to_toml",
+    "RECIPES", "Batching", "Config", "ConfigError", "DataConfig", "DataSettings", "EvalConfig", "EvaluateConfig",
+    "ModelConfig", "Precision", "RunConfig", "TrainConfig", "all_paths", "load", "parse", "recipes", "to_toml",
     "toml_value",
 ]  # fmt: skip

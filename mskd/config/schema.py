@@ -9,8 +9,10 @@ A key that does not exist is an error that names the nearest one that does.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,6 +149,10 @@ def _test_items(given: Any) -> str | int | None:
 
 TestItems = Annotated[str | int | None, PlainValidator(_test_items)]
 
+# What a chat template is given by its renderer.
+TEMPLATE_ARGUMENTS = ("messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+                      "continue_final_message", "return_assistant_tokens_mask")  # fmt: skip
+
 
 class DataConfig(Frozen):
     """Instruction data. Columns left out are found by their usual names."""
@@ -160,6 +166,14 @@ class DataConfig(Frozen):
     response: str | None = None
     messages: str | None = None
     template: Literal["alpaca", "chat"] = "alpaca"
+    template_kwargs: dict[str, Any] = Field(
+        {}, description="variables that a chat template asks for, e.g. { enable_thinking = false }"
+    )
+    date: str | None = Field(
+        None,
+        description="what a template's strftime_now tells, YYYY-MM-DD; default: the day of the run's first start",
+    )
+    turns: Literal["last", "all"] = Field("last", description="assistant turns of a conversation that are trained on")
     test: TestItems = Field(
         None, description="items held out for the test, or a file or hub id of their own; default: a tenth, at most 500"
     )
@@ -170,6 +184,35 @@ class DataConfig(Frozen):
     text: str | None = Field(
         None, description="plain-text file for lm_weight: one document a line, or .jsonl with `text`; '': none"
     )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, given: Any) -> Any:
+        if given is None:
+            return None
+        try:
+            return f"{date.fromisoformat(str(given))}"  # TOML has dates of its own
+        except ValueError:
+            raise ValueError(f"{given!r} is no day; write it like 2026-11-25") from None
+
+    @field_validator("template_kwargs")
+    @classmethod
+    def _of_the_template(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name in TEMPLATE_ARGUMENTS:
+                raise ValueError(f"{name!r} is not set here; the data and the run give it to the template")
+        try:
+            json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as e:
+            raise ValueError(f"a template takes text, numbers, true and false, lists and tables only: {e}") from None
+        return given
+
+    @model_validator(mode="after")
+    def _chat_only(self) -> DataConfig:
+        for key, default in (("turns", "last"), ("template_kwargs", {})):
+            if self.template != "chat" and getattr(self, key) != default:
+                raise ValueError(f"{key} is for conversations; set template = 'chat' too")
+        return self
 
 
 EVAL_PRESETS: dict[str, dict[str, Any]] = {
@@ -364,6 +407,13 @@ class EvaluateConfig(Frozen):
     data: DataConfig = DataConfig()
     evaluation: EvalConfig = EvalConfig.model_validate({})
     run: RunConfig = RunConfig()
+
+
+class DataSettings(Frozen):
+    """What `mskd data` takes besides the model."""
+
+    seed: int = Field(0, ge=0, description="the run's, which draws the test and validation items")
+    data: DataConfig = DataConfig()
 
 
 class _Phases(Frozen):

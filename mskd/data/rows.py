@@ -1,4 +1,4 @@
-"""Rows of a file or of the hub, as they are: dictionaries of columns. instructions.py knows what they mean.
+"""Rows of a file or of the hub, as they are: dictionaries of columns. conversations.py knows what they mean.
 
 The hub and Parquet are read with `datasets`. JSON and CSV are read with the standard library: type inference changes
 values there (a column of dates becomes timestamps, "007" a 7, "NA" nothing), a CSV row with a cell too many shifts its
@@ -14,6 +14,7 @@ import csv
 import glob
 import io
 import json
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mskd.config import RECIPES, ConfigError, DataConfig
-from mskd.config.problems import local_path, nearest
+from mskd.config.problems import local_path, nearest, shown
 
 # 300 pairs written for this project, in the public domain (CC0 1.0); `split` says which 50 are its test.
 DEMO = RECIPES / "instructions.jsonl"
@@ -59,14 +60,28 @@ def read_documents(path: str) -> list[str]:
     return documents
 
 
-def clean(value: Any, where: str) -> str:
-    """A cell as text: None is empty, numbers are spelled, line ends become \\n, spaces at both ends go."""
+class NotText(ConfigError):
+    """A cell of another type than text. kind: the type."""
+
+    def __init__(self, where: str, value: Any) -> None:
+        self.kind = type(value).__name__
+        said = shown(value) if isinstance(value, bool | float) else f"a {self.kind}"
+        super().__init__(f"{where} holds {said}, not text")
+
+
+def plain(value: Any, where: str) -> str:
+    """A cell as text: None and NaN are empty, numbers are spelled, line ends become \\n. Raises NotText."""
     if value is None or value != value:  # NaN: an empty cell of a column of numbers
         return ""
-    if not isinstance(value, str | int | float):
-        raise ConfigError(f"{where} holds a {type(value).__name__}, not text")
-    text = str(value).replace("\r\n", "\n").replace("\r", "\n").strip()
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or value in (math.inf, -math.inf):
+        raise NotText(where, value)
+    text = str(value).replace("\r\n", "\n").replace("\r", "\n")
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair cannot be tokenised
+
+
+def clean(value: Any, where: str) -> str:
+    """A cell as `plain` gives it, without the spaces at both ends."""
+    return plain(value, where).strip()
 
 
 def missing(what: str, key: str, source: str, present: Sequence[str], hint: str = "") -> ConfigError:
@@ -90,6 +105,8 @@ def _check_file(path: Path, key: str, suffixes: Sequence[str]) -> None:
             raise ConfigError(f"{key} {str(path)!r} does not exist{near or f'; give a file ({allowed})'}")
     except OSError as e:  # a folder on the way that may not be entered, a name too long
         raise ConfigError(f"{key} {str(path)!r} cannot be read: {e.strerror}") from None
+    if not path.is_file():
+        raise ConfigError(f"{key} {str(path)!r} is a device or a pipe, not a file; give a file ({allowed})")
     if path.suffix.lower() not in suffixes:
         raise ConfigError(f"{key} {str(path)!r} is of no known kind; allowed: {allowed}")
 
@@ -116,6 +133,9 @@ def _read_json(path: Path, key: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError as e:
             line = number + e.lineno - 1
             raise ConfigError(f"{key} {str(path)!r}, line {line} is no valid JSON: {e.msg}") from None
+        except (ValueError, RecursionError) as e:
+            why = "nested too deeply" if isinstance(e, RecursionError) else "a number of too many digits"
+            raise ConfigError(f"{key} {str(path)!r}, line {number} holds JSON that cannot be read: {why}") from None
     for i, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ConfigError(f"{key} {str(path)!r}, row {i} is no object with columns but {type(row).__name__}")
@@ -164,7 +184,17 @@ def _load_dataset(kind: str, *args: Any, split: str = "train", **options: Any) -
     bars = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(kind, *args, split=split, **options).to_list()
+        return [
+            {name: _given(cell) for name, cell in row.items()}
+            for row in datasets.load_dataset(kind, *args, split=split, **options).to_list()
+        ]
     finally:
         if bars:
             datasets.enable_progress_bars()
+
+
+def _given(cell: Any) -> Any:
+    """A cell without the None that a table of records holds wherever one of them lacks a key that another has."""
+    if isinstance(cell, dict):
+        return {key: _given(value) for key, value in cell.items() if value is not None}
+    return [_given(value) for value in cell] if isinstance(cell, list) else cell

@@ -175,7 +175,7 @@ def test_the_longest_prompt_allowed_is_max_prompt_tokens(tmp_path, tokenizer):
 def test_several_references_are_kept_and_the_first_is_trained_on(tmp_path, tokenizer):
     rows = [{"question": "Which metal is it?", "answers": ["Gold.", "  It is gold. ", "", None]}]
     (e,) = load(write(tmp_path / "a.jsonl", rows), tokenizer, test=0).train
-    assert e.references == ("Gold.", "It is gold.")
+    assert e.references == ("Gold.", "  It is gold.")
     assert tokenizer.decode(e.response_ids[:-1]) == "Gold."
 
 
@@ -194,7 +194,7 @@ def test_odd_text_survives(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", [row])
     (e,) = load(path, tokenizer, test=0).train
     assert "### Instruction:\nLine one\nline two\n\u2028 漢字 😀 {braces} {0}\n\n### Response:\n" in e.prompt
-    assert e.references == ("é?\u00a0x\ny",)  # half a surrogate pair is no text
+    assert e.references == (" é?\u00a0x\ny",)  # half a surrogate pair is no text
     assert tokenizer.decode(e.prompt_ids) == e.prompt
     path.write_text('{"instruction": "one\u2028line", "response": "\x85 x"}\n', encoding="utf-8")  # unescaped
     assert "one\u2028line" in load(path, tokenizer, test=0).train[0].prompt
@@ -210,7 +210,6 @@ CHAT = [
             {"role": "assistant", "content": "Hello."},
             {"role": "user", "content": f"And {i}?"},
             {"role": "assistant", "content": f"Also {i}."},
-            {"role": "user", "content": "never seen"},
         ]
     }
     for i in range(4)
@@ -225,7 +224,7 @@ def test_the_last_assistant_turn_is_the_response(tmp_path, tokenizer):
     )
     assert splits.train[1].references == ("Also 1.",)
     # As a whole it is what the template itself makes of the conversation.
-    whole = tokenizer.apply_chat_template(CHAT[1]["messages"][:-1], tokenize=False)
+    whole = tokenizer.apply_chat_template(CHAT[1]["messages"], tokenize=False)
     assert tokenizer.decode(splits.train[1].prompt_ids + splits.train[1].response_ids) == whole.rstrip("\n")
 
 
