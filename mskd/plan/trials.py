@@ -25,9 +25,11 @@ from mskd.config.phases import MixedPhase, Phase, resolve_steps
 from mskd.evaluation import evaluate
 from mskd.plan.proposals import from_config, with_paths
 from mskd.run.chain import distill
+from mskd.run.first_start import keep_date
 from mskd.run.nodes import Graph
 from mskd.store.files import output_folder
 from mskd.store.hashes import digest, weights_digest
+from mskd.store.run_config import write_config
 
 SHARE = 1 / 3  # of the full sweep's steps, at most
 
@@ -97,7 +99,10 @@ class Bench:
         if config.seeds or config.grid:
             raise ConfigError("--measure takes one seed and no grid; take seeds and [grid] out of the configuration")
         names = list(from_config(config).models)
-        self.config = with_paths(config, all_paths({}, names))
+        kept = keep_date(config, out / "config.toml")
+        if kept is not config and not (out / "config.toml").exists():
+            write_config(out / "config.toml", kept, "The first configuration that trials were run of")
+        self.config = with_paths(kept, all_paths({}, names))
         self.out, self.echo = out, echo
         self.hardware: Hardware = detect(config.run.device, config.train.precision, config.run.attention)
         self.graph = Graph(self.config, out, self.hardware, echo)

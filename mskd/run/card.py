@@ -184,9 +184,10 @@ def _use(facts: Facts) -> list[Block]:
         "model = AutoModelForCausalLM.from_pretrained(folder)",
     ]
     if chat:
+        own = "".join(f", {name}={value!r}" for name, value in graph.config.data.template_kwargs.items())
         lines += [
             f'messages = [{{"role": "user", "content": "{QUESTION}"}}]',
-            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)",
+            f"prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False{own})",
             'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
         ]
     else:
@@ -284,7 +285,8 @@ def _cost(facts: Facts, node: Node) -> str:
 def _data_and_versions(facts: Facts) -> list[str]:
     graph, c, trained = facts.graph, facts.graph.config, [facts.done[n.key] for n in _trained(facts)]
     rows = f"{len(graph.data.train):,} for training, {len(graph.data.validation):,} for validation"
-    lines = [f"Instructions: {_data(c.data.source)}; {rows}; template `{c.data.template}`"]
+    every = ", every assistant turn" if c.data.turns == "all" else ""
+    lines = [f"Instructions: {_data(c.data.source)}; {rows}; template `{c.data.template}`{every}"]
     if trained:  # a cut alone depends on none of these
         if c.data.text:
             lines.append(f"Plain text: {escaped(card_figures.name_of(c.data.text))}, {len(graph.text):,} blocks")

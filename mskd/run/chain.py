@@ -31,6 +31,7 @@ from mskd.models import Teacher, prune
 from mskd.models.batch import SequenceBatch
 from mskd.models.folder.stored import DTYPES, exact_dtype, stored_dtype
 from mskd.run import card, card_figures
+from mskd.run.first_start import keep_date, with_date
 from mskd.run.nodes import Graph, Items, Node
 from mskd.run.stop import Stop
 from mskd.run.sweep import Cell, cells, check_size, is_sweep
@@ -72,14 +73,15 @@ def distill(
 ) -> Run:
     """Run a configuration to its end under the folder `out`, going on where an earlier run of it was stopped.
 
-    With several seeds or a grid, every cell in turn (mskd.run.sweep); yes: however many hops there are to train.
+    With several seeds or a grid, every cell in turn (mskd.run.sweep); yes: however many hops there are to train, and
+    however few rows of the data can be used.
     Raises ConfigError for anything the user can mend, Interrupted (state saved) after Ctrl-C or SIGTERM.
     """
     config = config if isinstance(config, Config) else parse(config)
     check_size(config, yes)
     with (stop or Stop()).listening() as listening:
         try:
-            return Sweep(config, out, listening, echo).run()
+            return Sweep(config, out, listening, echo, yes).run()
         except Interrupted:
             raise Interrupted(listening.signal) from None
 
@@ -112,8 +114,7 @@ class Sweep:
     Every cell's graph is made, and so checked, before anything is trained.
     """
 
-    def __init__(self, config: Config, out: str | Path, stop: Stop, echo: Callable[[str], None]) -> None:
-        self.config = config
+    def __init__(self, config: Config, out: str | Path, stop: Stop, echo: Callable[[str], None], yes: bool) -> None:
         check_trackers(config.run.trackers)
         hardware = detect(config.run.device, config.train.precision, config.run.attention)
         if hardware.device.type == "cpu":
@@ -123,11 +124,14 @@ class Sweep:
         accelerator = make_accelerator(hardware)
         said = echo if accelerator.is_main_process else lambda line: None
         self.place = Workplace(out, stop, hardware, accelerator, said)
+        self.config = config = agreed(accelerator, keep_date(config, self.directory / "config.toml"))
         self.chains: list[Chain] = []
         with accelerator.main_process_first():  # the first one fills the caches
             for cell in cells(config):
                 before = self.chains[-1].graph if self.chains else None
-                self.chains.append(Chain(cell, Graph(cell.config, out, hardware, said, before), self.place))
+                graph = Graph(cell.config, out, hardware, said, before)
+                graph.counts.check_half(yes)
+                self.chains.append(Chain(cell, graph, self.place))
 
     def run(self) -> Run:
         """Carry out every node that is not done, evaluate, report."""
@@ -161,6 +165,7 @@ class Sweep:
         if os.path.lexists(path):
             same = {"run": RunConfig()}
             old, _ = read_config(path)
+            old = with_date(old, old.data.date or self.config.data.date)  # a run of before it was kept
             if old.model_copy(update=same) != self.config.model_copy(update=same):
                 raise ConfigError(
                     f"{self.directory} holds a run with another configuration; give this one a name of its own "
@@ -222,7 +227,9 @@ class Chain:
         """done.json of a node, after making the node if need be."""
         with self.place.locked(node.directory):
             trained = bool(node.phases)
-            done = self._agree(read_done(node.directory, node=node.hash, trained=trained) if self.main else None)
+            done = agreed(
+                self.accelerator, read_done(node.directory, node=node.hash, trained=trained) if self.main else None
+            )
             if done is not None:
                 self.echo(f"{node.key}: done before, {done['parameters']:,} parameters")
                 for file in changed_since(node.directory, done) if self.main else ():
@@ -242,14 +249,6 @@ class Chain:
             self._remove_states(node)
             self.accelerator.wait_for_everyone()
             return done
-
-    def _agree(self, value: Any) -> Any:
-        """The main process's value, in every process."""
-        if self.accelerator.num_processes == 1:
-            return value
-        from accelerate.utils import broadcast_object_list
-
-        return broadcast_object_list([value])[0]
 
     def _remove_states(self, node: Node) -> None:
         if self.main:
@@ -434,6 +433,15 @@ class Chain:
         if node.teacher and node.start:
             entry |= {"teacher": node.teacher.key, "student": node.start.key}
         return entry
+
+
+def agreed(accelerator: Any, value: Any) -> Any:
+    """The main process's value, in every process."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
 
 
 def make_accelerator(hardware: Hardware) -> Any:

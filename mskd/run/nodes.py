@@ -16,7 +16,8 @@ from mskd.config import Config, ConfigError, ModelConfig
 from mskd.config.hardware import Hardware, check_backend
 from mskd.config.phases import Phase
 from mskd.config.problems import local_path
-from mskd.data.instructions import Example, Splits, end_token_id, further, load_data, load_items, load_text
+from mskd.data.counts import Counts
+from mskd.data.instructions import Example, Splits, end_token_id, further, load_items, load_text, read, split
 from mskd.models.folder.declared import answer_ends, decoding_settings
 from mskd.store.hashes import FORMAT, digest
 from mskd.training.optim import check_optimizer
@@ -112,7 +113,9 @@ class Graph:
         need_responses = any(p.needs_responses for p in phases)
         self._data_key = (config.data, config.seed if config.data.seed is None else None, need_responses, self.folders)
         same = before is not None and before._data_key == self._data_key
-        self._read: tuple[Splits, Text, str] = before._read if before and same else self._read_data(need_responses)
+        self._read: tuple[Splits, Text, str] = (
+            before._read if before and same else self._read_data(need_responses, echo)
+        )
         self.data, self.text, self.data_hash = self._read
         known = before.tests if before and same else {}
         sources = config.evaluation.data
@@ -121,15 +124,24 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self._make_nodes()
 
-    def _read_data(self, need_responses: bool) -> tuple[Splits, Text, str]:
-        """Instruction data, plain text, and the hash of what of the data is trained on."""
+    @property
+    def counts(self) -> Counts:
+        """What became of the rows of the data."""
+        assert self.data.counts is not None
+        return self.data.counts
+
+    def _read_data(self, need_responses: bool, echo: Callable[[str], None]) -> tuple[Splits, Text, str]:
+        """Instruction data, plain text, and the hash of what of the data is trained on; says what became of rows."""
         c = self.config
-        data = load_data(c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
-        for split in (data.train, data.validation, data.test):
-            self._check_ids(split, c.data.source)
+        reading = read(c.data.source, "data.source", c.data, self.tokenizer, need_responses)
+        data = split(reading, c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
+        for part in (data.train, data.validation, data.test):
+            self._check_ids(part, c.data.source)
+        for line in reading.counts.lines():
+            echo(line)
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
         models.check_ids(self.tokenizer, text, self._rows(), f"{c.data.text}: a line")
-        rows = [[e.prompt_ids, e.response_ids] for split in (data.train, data.validation) for e in split]
+        rows = [[e.prompt_ids, e.response_ids] for part in (data.train, data.validation) for e in part]
         return data, text, digest([len(data.validation), rows])  # the test split determines no weights
 
     def _further(self, source: str, echo: Callable[[str], None]) -> Items:
@@ -152,7 +164,7 @@ class Graph:
 
     def _check_positions(self, phases: Iterable[Phase]) -> None:
         """What is read or sampled in the run stays where no model's rotary embedding depends on the batch."""
-        examples = [e for split in (self.data.train, self.data.validation, self.data.test) for e in split]
+        examples = [e for part in (self.data.train, self.data.validation, self.data.test) for e in part]
         examples += [e for items, _ in self.tests.values() for e in items]
         asked = [getattr(p, "teacher_responses", None) for p in phases]
         answers = [getattr(p, "max_new_tokens", 0) for p in [*phases, *asked, self.config.evaluation]]

@@ -136,15 +136,21 @@ def test_the_values_of_a_phase():
     assert card.settings(lmops(objective="lmops", gamma=1.0))["gamma"] == 1.0
 
 
-@pytest.mark.parametrize("template", ["chat", "alpaca"])
-def test_its_code_runs_on_the_folder_and_prompts_as_in_training(world, template, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "own",
+    [{"template": "chat"}, {"template": "alpaca"},
+     {"template": "chat", "template_kwargs": {"enable_thinking": False}, "turns": "all"}],
+)  # fmt: skip
+def test_its_code_runs_on_the_folder_and_prompts_as_in_training(world, own, tmp_path, monkeypatch, capsys):
     given, _, graph, done, run = world
     folder = run.students["teacher > ta > student"]
     text = (folder / "README.md").read_text()
-    if template != "chat":
+    if own != {"template": "chat"}:
         changed = copy.copy(graph)
-        changed.config = parse({**given, "data": {**given["data"], "template": template}})
+        changed.config = parse({**given, "data": {**given["data"], **own}})
         text = card.card(facts_of(changed, done))
+    assert ("tokenize=False, enable_thinking=False)" in text) == ("template_kwargs" in own)
+    assert ("template `chat`, every assistant turn" in text) == ("turns" in own)
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -152,7 +158,7 @@ def test_its_code_runs_on_the_folder_and_prompts_as_in_training(world, template,
     exec(code, space)
     assert space["answer"].shape[1] > space["ids"].shape[1] and capsys.readouterr().out.strip()
     (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": card.QUESTION, "response": "x"}))
-    config = DataConfig(source=str(tmp_path / "one.jsonl"), template=template)
+    config = DataConfig(source=str(tmp_path / "one.jsonl"), **own)
     (item,), _ = load_items(config, graph.tokenizer)
     assert space["ids"][0].tolist() == list(item.prompt_ids)
 
