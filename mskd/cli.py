@@ -3,7 +3,8 @@
     mskd distill demo --out demo-out
     mskd distill --teacher M --via '{layers = 22}' --student '{layers = 16}' --data FILE
     mskd distill RECIPE --dry-run          mskd plan --teacher M --target 124M --write run.toml
-    mskd evaluate MODEL --data FILE --tasks hellaswag  mskd report RUN        mskd doctor
+    mskd data FILE --model M               mskd evaluate MODEL --data FILE --tasks hellaswag
+    mskd report RUN                        mskd doctor
     mskd --version                         mskd --install-completion          mskd COMMAND --help
 
 Exit codes: 0 done, 1 the run failed, 2 bad input (one line on stderr), 130 and 143 stopped with the state saved.
@@ -21,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mskd.config import Config, ConfigError, EvaluateConfig, load, parse, recipes, to_toml, toml_value
+from mskd.config import Config, ConfigError, DataSettings, EvaluateConfig, load, parse, recipes, to_toml, toml_value
 from mskd.config.problems import local_path, read_toml, shown
 from mskd.config.versions import version_line
 
@@ -73,7 +74,12 @@ def distill(
         str | None, typer.Option(help="Instruction data: hub id, or .json .jsonl .csv .parquet file.")
     ] = None,
     set: Set = [],  # noqa: A002, B006
-    yes: Annotated[bool, typer.Option("--yes", help="Go ahead however many hops there are to train.")] = False,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Go ahead however many hops there are to train, and however few rows of the data are used."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List hops, cost and memory; fetch and train nothing.")
     ] = False,
@@ -178,6 +184,27 @@ def evaluate(
     settings = parse(given, set, where="flags", kind=EvaluateConfig)
     figures = evaluate_model(model, settings, data=data, tasks=tasks, teacher=teacher, out=out, echo=say)
     say(json.dumps(figures))
+
+
+@app.command()
+def data(
+    file: Annotated[str, typer.Argument(help="Instruction data: hub id, or .json .jsonl .csv .parquet file.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template: hub id, folder or known name.")],
+    items: Annotated[int, typer.Option(min=0, help="Items shown.")] = 3,
+    set: Set = [],  # noqa: A002, B006
+) -> None:
+    """See what of a data set is trained on: counts, and the first items; the last line is JSON.
+
+    Set template, columns and the rest as for a run: --set data.template=chat --set data.turns=all.
+    """
+    from mskd import models
+    from mskd.data.show import look
+
+    settings = parse({"data": {"source": file}}, set, where="flags", kind=DataSettings)
+    tokenizer = models.load_tokenizer(models.resolve_source(model))
+    shown = look(settings.data, tokenizer, seed=settings.seed, items=items)
+    shown.print()
+    say(json.dumps(shown.document()))
 
 
 @app.command()

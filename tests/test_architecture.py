@@ -15,7 +15,7 @@ ROOMS = {
     "config": {"pydantic", "pydantic_core", "torch", "mskd_kernels"},
     "store": {"pydantic", "torch", "safetensors", "rich"},
     "models": {"torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "gguf", "huggingface_hub"},
-    "data": {"torch", "numpy", "transformers", "datasets"},
+    "data": {"torch", "numpy", "transformers", "datasets", "rich"},
     "sampling": {"torch", "transformers"},
     "training": {"torch", "accelerate", "mskd_kernels"},
     "evaluation": {"torch", "transformers", "numpy", "scipy", "rouge_score", "lm_eval", "mskd_kernels"},
