@@ -244,11 +244,11 @@ class Graph:
         if not others and not own:
             return
         whose = "the template's end of turn" if self.config.data.template == "chat" else "the first model's"
-        line = f"every answer ends with {shown(trained)}, {whose}"
+        line = f"answers end with {shown(trained)}, {whose}"
         if own:
-            line += f", not with {', '.join(f'{shown(i)} of {name}' for name, i in own.items())}"
+            line += f", in place of {', '.join(f'{shown(i)} of {name}' for name, i in own.items())}"
         if others:
-            line += f"; one that ends with {' or '.join(map(shown, others))}, as models declare, ends too"
+            line += f"; {' and '.join(map(shown, others))}, which the models declare, may end one too"
         echo(line)
 
     def _say_settings(self, echo: Callable[[str], None]) -> None:

@@ -64,8 +64,8 @@ def test_models_of_one_vocabulary_and_two_ends_have_one_said_in_a_line(teacher, 
     graph = graph_of(tmp_path, teacher, base, lines)
     assert graph.ends == (TURN_END, TEXT_END)  # the base model may still end by what its generation config declares
     assert lines == [
-        "every answer ends with '<|im_end|>' (2), the template's end of turn, not with '<|endoftext|>' (0) of student; "
-        "one that ends with '<|endoftext|>' (0), as models declare, ends too"
+        "answers end with '<|im_end|>' (2), the template's end of turn, in place of '<|endoftext|>' (0) of student; "
+        "'<|endoftext|>' (0), which the models declare, may end one too"
     ]
     assert {e.response_ids[-1] for e in graph.data.train} == {TURN_END}
     assert not any(TEXT_END in e.response_ids for e in graph.data.train)
@@ -92,7 +92,7 @@ def test_an_end_that_only_the_template_writes_is_the_runs(tmp_path):
     lines: list[str] = []
     graph = graph_of(tmp_path, model, model, lines)
     assert graph.ends == (RESERVED, TEXT_END) and {e.response_ids[-1] for e in graph.data.train} == {RESERVED}
-    assert lines[0].startswith("every answer ends with '<|reserved|>' (3), the template's end of turn, not with ")
+    assert lines[0].startswith("answers end with '<|reserved|>' (3), the template's end of turn, in place of ")
 
 
 def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
@@ -254,7 +254,7 @@ def test_the_saved_files_name_the_trained_end_and_nothing_of_how_to_sample(disti
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token, tokenizer.pad_token_id) == ("<|im_end|>", TURN_END)
     assert tokenizer.chat_template == CHAT_TEMPLATE
-    assert sum(line.startswith("every answer ends with '<|im_end|>' (2)") for line in lines) == 1
+    assert sum(line.startswith("answers end with '<|im_end|>' (2)") for line in lines) == 1
 
 
 def dtypes(folder: Path) -> set[str]:
