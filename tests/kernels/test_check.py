@@ -149,6 +149,13 @@ def test_right_kernels_pass(device):
     assert {case.way for case in every} == {"split", "parts", "fused", "scale"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", SUBJECTS[1:])
+def test_right_kernels_of_the_other_subjects_pass(device, subject):
+    for case in cases(subject, quick=True):
+        check(case, device)
+
+
 def test_a_trial_says_the_case_and_the_proof_repeats_it(monkeypatch, device, capsys):
     """From the kernel's fault to the sentence that the user reads."""
     monkeypatch.setattr(trial, "cases", lambda *given: [FUSED])
