@@ -301,7 +301,8 @@ def test_a_batch_scores_responses_as_single_sequences_do(tiny_llama_folder, toke
             for i, token in enumerate(response):
                 step = model(input_ids=torch.tensor([prompt + response[:i]])).logits[0, -1]
                 expected.append(step.log_softmax(-1)[token])
-    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-9)
+    # A Llama's norms and rotary embedding compute in fp32: 1e-6. One token off: 0.3 and more.
+    torch.testing.assert_close(got, torch.stack(expected), rtol=0, atol=1e-4)
 
 
 def test_batches_refuse_what_has_no_meaning():

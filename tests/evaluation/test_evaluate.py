@@ -16,6 +16,10 @@ from mskd.models import Teacher
 from mskd.sampling.draw import uniforms
 from mskd.store.hashes import stream_seed
 
+# The models are fp64, but a Llama's norms and rotary embedding compute in fp32, where other batches may differ by 1e-7.
+# A token too few, or the teacher's padding if it counted, is off by 8e-3 and more.
+NEAR = 1e-5
+
 TEXTS = [
     ("Write a task.", ["A task that completes the request."]),
     ("Below is an instruction that describes a task, paired with an input.", ["Write a response.", "An input."]),
@@ -100,7 +104,7 @@ def test_every_figure_agrees_with_logits_of_single_sequences(tmp_path, model, te
         logprobs = logits_of(model, e.prompt_ids, e.response_ids).log_softmax(-1)
         nll = -sum(logprobs[t, token] for t, token in enumerate(e.response_ids)).item()
         assert line["tokens"] == len(e.response_ids) and e.response_ids[-1] == tokenizer.eos_token_id
-        assert line["nll"] == pytest.approx(nll, rel=1e-10)
+        assert line["nll"] == pytest.approx(nll, rel=NEAR)
         theirs = logits_of(teacher.model, e.prompt_ids, e.response_ids)[:, : logprobs.shape[1]]
         same = (logprobs.argmax(-1) == theirs.argmax(-1)).double().mean().item()
         assert line["agreement"]["big"] == pytest.approx(same, abs=1e-12)
@@ -110,7 +114,7 @@ def test_every_figure_agrees_with_logits_of_single_sequences(tmp_path, model, te
         assert line["answer_tokens"] == len(own)
         q = logits_of(model, e.prompt_ids, own).log_softmax(-1)
         p = logits_of(teacher.model, e.prompt_ids, own)[:, : q.shape[1]].log_softmax(-1)
-        assert line["reverse_kl"]["big"] == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=1e-9)
+        assert line["reverse_kl"]["big"] == pytest.approx((q.exp() * (q - p)).sum(-1).mean().item(), rel=NEAR)
         expected = max(scorer.score(r, line["answer"])["rougeL"].fmeasure for r in e.references)
         assert line["rouge_l"] == pytest.approx(100 * expected)
         assert ("prompt" in line) == (line["seed"] == 10)
@@ -121,7 +125,7 @@ def test_every_figure_agrees_with_logits_of_single_sequences(tmp_path, model, te
 
 def test_a_model_is_in_full_agreement_with_itself(tmp_path, model, examples):
     _, lines = run(tmp_path, model, examples, settings(), teachers={"self": frozen(model)})
-    assert all(x["agreement"]["self"] == 1 and abs(x["reverse_kl"]["self"]) < 1e-12 for x in lines)
+    assert all(x["agreement"]["self"] == 1 and abs(x["reverse_kl"]["self"]) < 1e-9 for x in lines)
 
 
 def test_a_teacher_reads_the_references_once_for_all_models(tmp_path, model, teacher, examples, monkeypatch):

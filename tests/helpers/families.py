@@ -44,6 +44,28 @@ FAMILY_CONFIGS = {
 }
 
 
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over that of what is expected.
+
+    Sums in another order, as GEMMs of another shape or on another processor make them, leave 1e-6 in these models.
+    One token of padding that is seen leaves 0.3 and more.
+    """
+    return float((found - expected).norm() / expected.norm())
+
+
+def greedily_the_same(model: PreTrainedModel, prompt: list[int], one: list[int], other: list[int]) -> bool:
+    """Whether two greedy continuations are one, or part where the logits of their tokens are less than 1e-4 apart.
+
+    Rounding chooses there. What follows has another prefix.
+    """
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a != b:
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *one[:i]]])).logits[0, -1]
+            return abs(float(logits[a] - logits[b])) < 1e-4
+    return True
+
+
 def build(config, seed: int = 0) -> PreTrainedModel:
     """A random model with biases and norms that are not trivial, so that leaving one out is seen."""
     with torch.random.fork_rng(devices=[]):

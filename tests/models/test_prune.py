@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILY_CONFIGS, build
+from families import FAMILY_CONFIGS, apart, build, greedily_the_same
 from tiny import build_llama, build_tokenizer
 from transformers import GPT2Config, PreTrainedModel
 
@@ -47,11 +47,11 @@ def test_an_identity_layer_is_the_first_to_go(name, index):
     make_identity(model, index)
     influence = block_influence(model, BATCHES)
     assert len(influence) == 3
-    assert influence[index] == pytest.approx(0, abs=1e-6)
+    assert influence[index] == pytest.approx(0, abs=1e-5)
     assert all(value > 1e-3 for i, value in enumerate(influence) if i != index)
     keep = choose_layers(influence, 2)
     assert keep == [i for i in range(3) if i != index]
-    torch.testing.assert_close(logits(cut(model, keep)), logits(model), atol=1e-5, rtol=1e-5)
+    assert apart(logits(cut(model, keep)), logits(model)) < 1e-5
 
 
 def test_influence_is_its_formula_over_valid_tokens():
@@ -114,9 +114,11 @@ def test_a_cut_model_is_an_ordinary_model(family, keep, tmp_path):
             assert a.data_ptr() != b.data_ptr()
     save_model(small, build_tokenizer(), tmp_path)
     again = load_model(tmp_path)
-    assert torch.equal(logits(again), logits(small))
+    assert apart(logits(again), logits(small)) < 1e-5  # weights read from a file may lie off a boundary of memory
     options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, attention_mask=torch.ones_like(IDS))
-    assert torch.equal(small.generate(IDS, use_cache=True, **options), again.generate(IDS, use_cache=False, **options))
+    found, expected = small.generate(IDS, use_cache=True, **options), again.generate(IDS, use_cache=False, **options)
+    for prompt, one, other in zip(IDS.tolist(), expected.tolist(), found.tolist(), strict=True):
+        assert greedily_the_same(small, prompt, one[len(prompt) :], other[len(prompt) :])
 
 
 def test_sliding_windows_stay_with_their_layers():

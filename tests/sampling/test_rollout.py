@@ -33,7 +33,7 @@ EOS, PAD = 1, 0
 
 
 def llama(vocab_size, *, seed=0, layers=2, std=0.5, dtype=torch.float64, **kwargs):
-    """A random Llama with next-token distributions far from uniform."""
+    """A random Llama with next-token distributions far from uniform. Its norms and rotary embedding compute in fp32."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=16,
@@ -46,6 +46,15 @@ def llama(vocab_size, *, seed=0, layers=2, std=0.5, dtype=torch.float64, **kwarg
         **kwargs,
     )
     return seeded(LlamaForCausalLM, config, seed, dtype)
+
+
+def gpt2(vocab_size, *, seed=0, std=0.5):
+    """A random GPT-2, float64 all the way through: GEMMs of other shapes change no more than its last digits."""
+    config = GPT2Config(
+        vocab_size=vocab_size, n_positions=64, n_embd=16, n_layer=2, n_head=4, initializer_range=std,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return seeded(GPT2LMHeadModel, config, seed)
 
 
 def seeded(kind, config, seed=0, dtype=torch.float64):
@@ -256,9 +265,9 @@ def test_sequences_follow_the_exact_distribution(alpha, temperature, top_k, top_
     assert chi_square(counts, list(expected.values()), n) > 1e-3
     if rollout.mixture_logprobs is None:
         rollout = scored(rollout, teacher, mix_alpha=alpha, temperature=temperature)
-    # What is recorded is the probability of what was drawn.
+    # What is recorded is the probability of what was drawn, up to what a Llama's fp32 parts make of a GEMM's last bits.
     mass = rollout.padded(rollout.mixture_logprobs)[0].sum(1).exp()
-    torch.testing.assert_close(mass, torch.tensor([expected[d] for d in drawn], dtype=torch.float64))
+    torch.testing.assert_close(mass, torch.tensor([expected[d] for d in drawn], dtype=torch.float64), rtol=1e-5, atol=0)
 
 
 FAMILIES = {
@@ -288,19 +297,22 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("attention, dtype, atol", [("sdpa", torch.float64, 1e-9), ("eager", torch.float32, 1e-4)])
-def test_recorded_logprobs_are_those_of_a_plain_forward(family, attention, dtype, atol):
-    """Cache, left padding, compaction and the cut head change nothing, in any family.
+@pytest.mark.parametrize("attention, dtype", [("sdpa", torch.float64), ("eager", torch.float32)])
+def test_recorded_logprobs_are_those_of_a_plain_forward(family, attention, dtype):
+    """Cache, packing, refilled slots and the cut head change nothing, in any family.
 
     Eager attention in fp32: transformers takes its softmax in fp32, where the mask of an fp64 model overflows.
     """
+    # Where anything computes in fp32, as norms and rotary embedding always do, other shapes of a GEMM give other last
+    # bits: up to 4e-5 here. Tokens in a wrong slot, at a wrong position or under a wrong mask are off by 0.4 and more.
+    atol = 1e-9 if dtype == torch.float64 and family in ("gpt2", "opt") else 1e-3
     kind, config = FAMILIES[family]
     config._attn_implementation = attention
     student, teacher = seeded(kind, config, 1, dtype), seeded(kind, config, 2, dtype)
     for model in (student, teacher):
         for p in model.parameters():
             p.data *= 4  # far from uniform
-    rollout = run(student, teacher, PROMPTS * 3, max_new_tokens=20, batch_size=24, mix_alpha=0.4, temperature=0.8)
+    rollout = run(student, teacher, PROMPTS * 3, max_new_tokens=20, batch_size=10, mix_alpha=0.4, temperature=0.8)
     assert rollout.response_lengths.unique().numel() > 2
     rollout = scored(rollout, teacher, mix_alpha=0.4, temperature=0.8)
     old, expected = [], []
@@ -321,7 +333,7 @@ def test_recorded_logprobs_are_those_of_a_plain_forward(family, attention, dtype
 def unequal():
     """Student, teacher and 20 prompts of 1 to 9 tokens whose answers have 1 to 40: slots are refilled all the time."""
     prompts = [[(7 * i + j) % 22 + 2 for j in range(1 + 5 * i % 9)] for i in range(20)]
-    return llama(24, seed=1), llama(24, seed=2), prompts
+    return gpt2(24, seed=1), gpt2(24, seed=2), prompts
 
 
 MODES = {"student": dict(mix_alpha=0.0), "lazy": {}, "every token": dict(lazy=False), "cut": dict(top_p=0.95)}
@@ -495,7 +507,8 @@ def test_padding_columns_of_the_wider_vocabulary_are_never_sampled(wider, alpha)
         ]
         for p, r in zip(rollout.prompts(), rollout.responses(), strict=True)
     ]
-    torch.testing.assert_close(rollout.old_logprobs, torch.cat(expected), rtol=0, atol=1e-9)
+    # 1e-6 is what a Llama's fp32 parts make of a GEMM's last bits; one column of padding that counts takes 100.
+    torch.testing.assert_close(rollout.old_logprobs, torch.cat(expected), rtol=0, atol=1e-4)
 
 
 def test_fp32_and_16_bit_models():

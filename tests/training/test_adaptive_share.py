@@ -242,7 +242,7 @@ def test_the_shares_of_the_metrics_are_those_that_the_validation_losses_ask_for(
     losses = {line["step"]: line["eval/nll"] for line in lines if "eval/nll" in line}
     assert len(steps) == 12 and list(losses) == [2, 4, 6, 8, 10, 12]
     share, reference = 0.25, steps[0]["train/share_reference"]
-    assert reference == pytest.approx(nll_before(), rel=1e-5)
+    assert reference == pytest.approx(nll_before(), rel=1e-4)
     for line in steps:
         assert (line["train/student_share"], line["train/share_reference"]) == (share, reference)
         if losses.get(line["step"], -1.0) >= reference:
