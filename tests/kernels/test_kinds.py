@@ -60,7 +60,7 @@ def test_infinite_logits(kind, beta, dtype):
     s[3, 7:20], t[3, 12:25] = -torch.inf, -torch.inf
     s[4, ::2], t[4, 1::2] = -torch.inf, -torch.inf  # nothing in common
     value, gradient = value_and_gradient(divergence, s, t, kind, beta=beta)
-    rough = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-13}
+    rough = {"rtol": 1e-4, "atol": 5e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-13}
     torch.testing.assert_close(value.double(), oracle_divergence(s, t, kind, beta=beta), **rough)
     plain = value_and_gradient(divergence_reference, s.double(), t.double(), kind, beta=beta)
     torch.testing.assert_close(gradient.double(), plain[1], **rough)

@@ -103,17 +103,18 @@ def test_blocks_of_rows_change_nothing(kind, monkeypatch):
 
 
 def test_statistics_of_strided_rows():
-    """Rows of wider buffers, as those of aligned memory are."""
+    """Rows of wider buffers, as those of aligned memory are. What lies between them is NaN: reading it is seen."""
     s, t, tokens = inputs(torch.float32)
     op = RowOp(DIVERGENCES["jsd"], "torch", entropy=True)
     wide = torch.full((2, N, V + 19), torch.nan)
     wide[0, :, :V], wide[1, :, :V] = s, t
     x, u = wide[0, :, :V], wide[1, :, :V]
-    assert torch.equal(statistics(op, x, u, tokens), statistics(op, s, t, tokens))
+    near = {"rtol": 1e-5, "atol": 1e-6}  # other strides: other elements at the ends of torch's vectors
+    torch.testing.assert_close(statistics(op, x, u, tokens), statistics(op, s, t, tokens), **near)
     out = torch.full((N, V), torch.nan)
     wanted = fused(op, s, t, tokens, Objective(), out)
     ours = fused(op, x, u, tokens, Objective(), x)
-    assert all(torch.equal(a, b) for a, b in zip((*ours, x), (*wanted, out), strict=True))
+    torch.testing.assert_close((*ours, x), (*wanted, out), **near)
     assert wide[:, :, V:].isnan().all()
 
 
