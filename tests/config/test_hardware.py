@@ -176,4 +176,5 @@ def test_freed_memory_is_kept_for_the_next_tensor():
     can, given_back, kept = map(int, result.stdout.split())
     if not can:
         pytest.skip("this system's C library is not glibc")
-    assert given_back > 1000 and kept < given_back / 100
+    # A fault for every page of eight times 64 MiB: of 4 KiB, or of 2 MiB where transparent huge pages are always on.
+    assert given_back >= 8 * 32 and kept < given_back / 10
