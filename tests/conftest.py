@@ -6,11 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+import other_sums
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a function is decorated, not when it is called
+if os.environ.get("OTHER_SUMS"):  # a variant of `make test-cpus`
+    other_sums.install()
 
 from tiny import build_llama, build_tokenizer  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
