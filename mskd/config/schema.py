@@ -69,7 +69,9 @@ class ModelConfig(Frozen):
     )
     precision: Precision = Field("int8", description="of the weights while this model is a frozen teacher")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    trust_remote_code: bool = Field(False, exclude=True)  # old configurations name it; nothing runs a folder's code
+    trust_remote_code: bool = Field(
+        False, exclude=True, description="old files name it; only false, since nothing runs a folder's code"
+    )
     prepare: tuple[Phase, ...] = Field((), description="phases that this model goes through once, before any hop")
 
     @field_validator("trust_remote_code")
@@ -158,14 +160,16 @@ class DataConfig(Frozen):
     """Instruction data. Columns left out are found by their usual names."""
 
     source: Source = Field("demo", description="demo, a hub id, or a .json .jsonl .csv .parquet file")
-    split: str = "train"
+    split: str = Field("train", description="of a data set on the hub")
     seed: Seed | None = Field(None, description="of the draw of test and validation items; default: the run's")
-    revision: str | None = None
-    instruction: str | None = None
-    context: str | None = None
-    response: str | None = None
-    messages: str | None = None
-    template: Literal["alpaca", "chat"] = "alpaca"
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    instruction: str | None = Field(None, description="column of the question; default: found by its usual names")
+    context: str | None = Field(None, description="column of text that goes with the question")
+    response: str | None = Field(None, description="column of the answer, or of several")
+    messages: str | None = Field(None, description="column of whole conversations")
+    template: Literal["alpaca", "chat"] = Field(
+        "alpaca", description="how a prompt is written; chat: the tokenizer's own"
+    )
     template_kwargs: dict[str, Any] = Field(
         {}, description="variables that a chat template asks for, e.g. { enable_thinking = false }"
     )
