@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mskd.config import ConfigError
-from mskd.training import tracking
-from mskd.training.tracking import Tracker, check_trackers, duration
+from mskd.store import progress
+from mskd.store.progress import duration
+from mskd.training.tracking import Tracker, check_trackers
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,8 +196,8 @@ def steps(tmp_path, clock, seconds, *, done=0, total=40):
 
 def test_a_ticker_is_silent_for_ten_seconds_then_says_how_long_it_takes(monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(tracking, "time", clock)
-    tick = tracking.ticker("set.jsonl")
+    monkeypatch.setattr(progress, "time", clock)
+    tick = progress.ticker("set.jsonl")
     for done in range(1, 26):
         clock.now += 1.0
         tick(done, 25)
@@ -206,7 +207,7 @@ def test_a_ticker_is_silent_for_ten_seconds_then_says_how_long_it_takes(monkeypa
 
 def test_plain_lines_come_at_most_every_ten_seconds_and_at_the_ends(tmp_path, monkeypatch, capsys):
     clock = Clock()
-    monkeypatch.setattr(tracking, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     steps(tmp_path, clock, 1.0)
     out, err = capsys.readouterr()
     assert out == ""
@@ -226,9 +227,9 @@ def test_a_terminal_gets_a_bar(tmp_path, monkeypatch):
 
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=140)
-    monkeypatch.setattr(tracking, "_terminal", lambda: console)
+    monkeypatch.setattr(progress, "_terminal", lambda: console)
     clock = Clock()
-    monkeypatch.setattr(tracking, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     steps(tmp_path, clock, 1.0, total=3)
     assert "step 3/3" in stream.getvalue() and "reverse KL 0.25" in stream.getvalue()
     assert "━" in stream.getvalue()
