@@ -193,7 +193,9 @@ def data(
     items: Annotated[int, typer.Option(min=0, help="Items shown.")] = 3,
     set: Set = [],  # noqa: A002, B006
 ) -> None:
-    """See what of a data set is trained on: counts, and the first items; the last line is JSON.
+    """See what of a data set is trained on. The last line is JSON.
+
+    Shown are counts and the first items, as the model gets them.
 
     Set template, columns and the rest as for a run: --set data.template=chat --set data.turns=all.
     """
