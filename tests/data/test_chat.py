@@ -162,7 +162,8 @@ def test_turns_masked_in_one_sequence_have_the_same_loss(tmp_path):
             own = model(input_ids=ids).logits[0].log_softmax(-1)
             first, last = len(item.example.prompt_ids), ids.shape[1]
             assert ids[0].tolist() == whole[0, :last].tolist()
-            torch.testing.assert_close(own[first - 1 : last - 1], logprobs[first - 1 : last - 1], rtol=0, atol=1e-9)
+            # A Llama's norms and rotary embedding compute in fp32: 1e-6. One more token before: 0.1 and more.
+            torch.testing.assert_close(own[first - 1 : last - 1], logprobs[first - 1 : last - 1], rtol=0, atol=1e-4)
 
 
 # -- templates that think -------------------------------------------------------------------------

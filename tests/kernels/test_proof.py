@@ -202,9 +202,9 @@ def test_a_kernel_that_hangs_is_ended_in_time(monkeypatch, proving, tmp_path):
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}'); time.sleep(60)"
     )
     start = time.monotonic()
-    with pytest.warns(RuntimeWarning, match="the proof was ended after 2 s in the fused kernel in the case tvd, fused"):
-        assert not prove(DEVICE, timeout=2).passed
-    assert time.monotonic() - start < 20
+    with pytest.warns(RuntimeWarning, match="the proof was ended after 5 s in the fused kernel in the case tvd, fused"):
+        assert not prove(DEVICE, timeout=5).passed  # it must have begun by then, on a busy machine too
+    assert time.monotonic() - start < 40  # not the 60 that it would sleep
     assert not [pid for pid in pids.read_text().split() if running(int(pid))]
     proving(RIGHT)
     forget(monkeypatch)
