@@ -144,8 +144,9 @@ def backbone(
     `past_key_values` itself, grown, where it was given. Raises ConfigError for an unknown family, and for more tokens
     than `steady_positions`.
     """
-    if position_ids is None:  # several sequences of a row begin anew: run and sampler have checked each
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if position_ids is None and steady_positions(model.config) is not None:
+        # Where positions are given, several sequences of a row begin anew, and the run has checked the longest.
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         check_positions(model.config, past + input_ids.shape[1], "a batch")
     if position_ids is None and attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -input_ids.shape[1] :]
