@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from chain_setup import tree, write_rows
 from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, build_llama, build_tokenizer
@@ -14,12 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from mskd.config import parse, to_toml
 from mskd.config.hardware import detect
+from mskd.config.phases import SftPhase
+from mskd.data.instructions import Example, Splits
 from mskd.models import save_model
 from mskd.models.folder.declared import answer_ends, decoding_settings
 from mskd.models.folder.stored import tensors
 from mskd.report import report
 from mskd.run.chain import distill
 from mskd.run.nodes import Graph
+from mskd.sampling.rollout import Interrupted
+from mskd.training import hop
+from mskd.training.job import Job
 
 TEXT_END, TURN_END, RESERVED = 0, 2, 3  # <|endoftext|>, <|im_end|>, <|reserved|>
 
@@ -287,16 +293,16 @@ def test_cuts_are_exact_and_save_dtype_changes_the_students_alone(base, teacher,
     (kept,) = json.loads((cut / "model" / "layers.json").read_text())["kept"]
     for name, tensor in own.items():
         assert torch.equal(tensor, source[name.replace("layers.0.", f"layers.{kept}.")])
-    (hop,) = (tmp_path / "out").glob("hops/student-*")
-    assert dtypes(hop / "model") == {"F32"}
+    (trained,) = (tmp_path / "out").glob("hops/student-*")
+    assert dtypes(trained / "model") == {"F32"}
 
 
 def test_an_unset_save_dtype_leaves_every_hash_as_it_was(teacher, tmp_path):
     unset, bf16 = (
         graph_of(tmp_path, teacher, teacher, **changes) for changes in ({}, {"train": {"save_dtype": "bf16"}})
     )
-    hop = "teacher>student"
-    assert unset.nodes[hop].hash != bf16.nodes[hop].hash and unset.nodes["student"].hash == bf16.nodes["student"].hash
+    key = "teacher>student"
+    assert unset.nodes[key].hash != bf16.nodes[key].hash and unset.nodes["student"].hash == bf16.nodes["student"].hash
     assert "save_dtype" not in unset._common()["train"]
 
 
@@ -306,3 +312,28 @@ def test_weights_that_fp16_cannot_hold_are_not_saved_in_it(tmp_path):
         model.model.norm.weight[0] = 70000.0
     with pytest.raises(FloatingPointError, match="model.norm.weight holds numbers beyond fp16's 65504"):
         save_model(model, build_tokenizer(), tmp_path, dtype=torch.float16)
+
+
+def test_a_run_that_was_stopped_goes_on_in_fp32_and_ends_with_the_same_16_bits(tmp_path):
+    tokenizer, phase = build_tokenizer(), SftPhase(steps=4, batch_size=2, micro_batch_size=2, lr=1e-3, warmup_steps=0)
+    examples = tuple(Example(str(i), (5 + i, 6, 7), (20, 30 + i, 2), ("x",)) for i in range(6))
+    models = {"teacher": {"source": "x"}, "student": {"source": "x"}}
+    config = parse({"models": models, "chain": {"paths": [["teacher", "student"]]}, "phases": [phase.model_dump()]})
+
+    def train(folder: Path, stops: list[bool]) -> None:
+        hop.train(
+            Job(
+                name="hop", directory=folder, seed=0, phases=(phase,), student=build_llama(tokenizer, layers=1),
+                tokenizer=tokenizer, ends=(2,), teacher=None, data=Splits(examples, (), (), ""), text=(), config=config,
+                hardware=detect("cpu"), accelerator=Accelerator(cpu=True), save_dtype=torch.bfloat16,
+                stop=lambda: bool(stops) and stops.pop(0),
+            )
+        )  # fmt: skip
+
+    train(tmp_path / "whole", [])
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", [False, False, True])
+    assert dtypes(tmp_path / "stopped" / "state") == {"F32"} and not (tmp_path / "stopped" / "model").exists()
+    train(tmp_path / "stopped", [])
+    whole, stopped = (tmp_path / name / "model" / "model.safetensors" for name in ("whole", "stopped"))
+    assert dtypes(whole.parent) == {"BF16"} and whole.read_bytes() == stopped.read_bytes()
