@@ -96,6 +96,8 @@ def wrong(run, setting, command, file, damage, whole="whole"):
     """What a command did wrong on a damaged file, "" where all is well."""
     restore(setting / whole, setting / "out")
     damage.apply(setting / "out" / file)
+    done = [path.relative_to(setting / whole) for path in (setting / whole).rglob("done.json")]
+    lost = not all((setting / "out" / path).exists() for path in done)
     try:
         with limited():
             code, out, err = run(*command(setting))
@@ -106,11 +108,11 @@ def wrong(run, setting, command, file, damage, whole="whole"):
         return "" if len(said) == len(err) == 1 else f"{len(err)} lines: {err}"
     if code != 0 or said:
         return f"exit {code}, {err}"
-    return unsaid(setting, command, file, damage, out) if whole == "whole" else ""
+    return unsaid(setting, command, file, out, lost) if whole == "whole" else ""
 
 
-def unsaid(setting, command, file, damage, out):
-    """What differs after a command that ended well, without a word."""
+def unsaid(setting, command, file, out, lost):
+    """What differs after a command that ended well, without a word. lost: whether a node had to be made again."""
     reports = [(setting / folder / "runs" / "tiny" / "report.md").read_text() for folder in ("whole", "out")]
     pages = [(setting / folder / "runs" / "tiny" / "report.html").read_text() for folder in ("whole", "out")]
     weights = [
@@ -119,10 +121,10 @@ def unsaid(setting, command, file, damage, out):
     ]
     if command is again and weights[0] != weights[1]:
         return "other weights"
-    if command is again and damage.name == "missing" and list((setting / "whole" / file.parent).rglob("done.json")):
-        return ""  # trained again: the same weights, another time
+    if command is again and lost:
+        return ""  # the same weights, trained at another time
     absent = reports[1].partition("## Absent")[2]
-    if file.suffix not in (".png", ".html") and not absent and [undated(t) for t in pages] != [undated(pages[0])] * 2:
+    if not absent and undated(pages[0]) != undated(pages[1]):
         return "another report"
     told = "\n".join([*out, absent.replace("\\", "")])
     if command is again and not made_again(setting, file) and file.name not in told:
