@@ -130,7 +130,10 @@ class Sweep:
             for cell in cells(config):
                 before = self.chains[-1].graph if self.chains else None
                 graph = Graph(cell.config, out, hardware, said, before)
-                graph.counts.check_half(yes)
+                if before is None or graph.data is not before.data:
+                    for line in graph.counts.lines():
+                        said(line)
+                    graph.counts.check_half(yes)
                 self.chains.append(Chain(cell, graph, self.place))
 
     def run(self) -> Run:

@@ -113,9 +113,7 @@ class Graph:
         need_responses = any(p.needs_responses for p in phases)
         self._data_key = (config.data, config.seed if config.data.seed is None else None, need_responses, self.folders)
         same = before is not None and before._data_key == self._data_key
-        self._read: tuple[Splits, Text, str] = (
-            before._read if before and same else self._read_data(need_responses, echo)
-        )
+        self._read: tuple[Splits, Text, str] = before._read if before and same else self._read_data(need_responses)
         self.data, self.text, self.data_hash = self._read
         known = before.tests if before and same else {}
         sources = config.evaluation.data
@@ -130,15 +128,13 @@ class Graph:
         assert self.data.counts is not None
         return self.data.counts
 
-    def _read_data(self, need_responses: bool, echo: Callable[[str], None]) -> tuple[Splits, Text, str]:
-        """Instruction data, plain text, and the hash of what of the data is trained on; says what became of rows."""
+    def _read_data(self, need_responses: bool) -> tuple[Splits, Text, str]:
+        """Instruction data, plain text, and the hash of what of the data is trained on."""
         c = self.config
         reading = read(c.data.source, "data.source", c.data, self.tokenizer, need_responses)
         data = split(reading, c.data, self.tokenizer, seed=c.seed, need_responses=need_responses)
         for part in (data.train, data.validation, data.test):
             self._check_ids(part, c.data.source)
-        for line in reading.counts.lines():
-            echo(line)
         text = load_text(c.data.text, self.tokenizer, c.data.max_tokens) if c.data.text else ()
         models.check_ids(self.tokenizer, text, self._rows(), f"{c.data.text}: a line")
         rows = [[e.prompt_ids, e.response_ids] for part in (data.train, data.validation) for e in part]
