@@ -18,7 +18,7 @@ test: $(STAMP)
 # The tests that compare numbers, as other processors would compute them: other instructions, other numbers of threads,
 # and (tests/helpers/other_sums.py) products that are summed as no library does. The rooms left out compare files and
 # words; Triton's interpreter is numpy's arithmetic; compiling, the benchmarks' smoke runs and the count of 12,000 samples
-# take long and depend on no last bit.
+# take long and depend on no last bit. passive: two threads in each of several processes must not spin for each other.
 NUMERIC := $(addprefix tests/,data evaluation kernels models sampling store training bench test_examples.py)
 LONG := not triton and not compile and not smoke and not exact_distribution
 VARIANTS := OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=DEFAULT MKL_ENABLE_INSTRUCTIONS=AVX2
@@ -26,7 +26,7 @@ VARIANTS += MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=
 VARIANTS += $(shell grep -qs avx512f /proc/cpuinfo && echo ATEN_CPU_CAPABILITY=avx512) OTHER_SUMS=1
 
 test-cpus: $(STAMP)
-	failed=; for variant in $(VARIANTS); do echo "== $$variant"; env OMP_NUM_THREADS=1 $$variant \
+	failed=; for variant in $(VARIANTS); do echo "== $$variant"; env OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $$variant \
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile -k '$(LONG)' $(NUMERIC) \
 	|| failed="$$failed $$variant"; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
