@@ -268,9 +268,13 @@ def test_a_tied_head_that_is_stored_as_another_is_refused_and_an_untied_one_kept
 
 def test_plain_weights_under_a_quantization_config_that_was_left_behind_are_read_as_they_are(folder):
     left = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    for given in (left, left | {"load_in_4bit": False, "load_in_8bit": True}):  # of a merge of adapters, say
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    for given in (left, left | {"load_in_4bit": False, "load_in_8bit": True}, fp8):  # of a merge of adapters, say
         configure(folder, quantization_config=given)
-        assert reverse_kl(build_llama(build_tokenizer()), load_model(folder)) == 0
+        model = load_model(folder)
+        assert reverse_kl(build_llama(build_tokenizer()), model) == 0 and not hasattr(
+            model.config, "quantization_config"
+        )
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_and_is_saved_so(folder, tmp_path):

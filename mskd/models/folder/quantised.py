@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 
 def check_codes(folder: Path) -> None:
     """ConfigError where weights are stored as integers or 8-bit floats, and config.json does not say what they mean."""
-    if quantised_as(folder) is None:
-        for name, dtype, _ in tensors(folder):
-            if name.endswith(".weight") and dtype not in FLOATS:
-                raise ConfigError(
-                    f"{folder} stores {name} as {dtype}, and its config.json has no quantization_config that says what "
-                    "the numbers mean; give a folder with floating weights"
-                )
+    code = _first_code(folder) if quantised_as(folder) is None else None
+    if code is not None:
+        raise ConfigError(
+            f"{folder} stores {code[0]} as {code[1]}, and its config.json has no quantization_config that says what "
+            "the numbers mean; give a folder with floating weights"
+        )
+
+
+def _first_code(folder: Path) -> tuple[str, str] | None:
+    """The name and the dtype of a weight that is no floating one of 16 bits or more."""
+    found = ((name, dtype) for name, dtype, _ in tensors(folder) if name.endswith(".weight") and dtype not in FLOATS)
+    return next(found, None)
 
 
 def loading_options(folder: Path) -> dict[str, Any]:
@@ -41,6 +46,12 @@ def loading_options(folder: Path) -> dict[str, Any]:
     kind = quantised_as(folder)
     if kind is None:
         return {}
+    if _first_code(folder) is None:  # the weights are plain: a merge of adapters left the entry behind
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        del config.quantization_config
+        return {"config": config}
     options: dict[str, Any] = {"dtype": torch.float32, "device_map": {"": "cpu"}}
     if kind == "bitsandbytes":
         import_bitsandbytes(f"the weights in {folder} need", "a folder with plain weights")
