@@ -252,15 +252,17 @@ def _tools(value: Any, where: str) -> tuple[Any, ...] | None:
         value = _decoded(value, "the column of tools", where)
     if not value:
         return None
-    tools = [tool if not isinstance(tool, Mapping) or "function" in tool else _tool(tool) for tool in _list(value)]
-    if not all(isinstance(tool, Mapping) for tool in tools):
-        raise Refused("with tools that are no tables", f"{where}: tools must be a list of {{type, function}}")
+    tools = tuple(_tool(tool, where) for tool in _list(value))
     _check_json(tools, where)
-    return tuple(tools)
+    return tools
 
 
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": dict(tool)}
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    own = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(own, Mapping) or not isinstance(own.get("name"), str):
+        said = f"{where}: tools must be a list of {{type, function: {{name, ...}}}}"
+        raise Refused("with tools that are no functions", said)
+    return dict(tool) if "function" in tool else {"type": "function", "function": dict(own)}
 
 
 def _history(value: Any, where: str) -> list[Turn]:

@@ -2,10 +2,13 @@
 
 import json
 import os
+from unittest import mock
 
 import datasets
 import pytest
 from chat_templates import CONVENTIONS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE
 
 from mskd.config import ConfigError, DataConfig
@@ -146,7 +149,9 @@ def test_a_system_prompt_and_a_history_in_columns_of_their_own(tmp_path, tools_t
         ({"messages": [ASK, ANSWER | {"tool_calls": [{"function": {}}]}]}, "names no function", "no {name, arguments}"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "no JSON", "a function call is no JSON"),
         ({"messages": [ASK, ANSWER], "tools": "{"}, "with JSON text that is no JSON", "the column of tools is no JSON"),
-        ({"messages": [ASK, ANSWER], "tools": [5]}, "with tools that are no tables", "tools must be a list"),
+        ({"messages": [ASK, ANSWER], "tools": [5]}, "with tools that are no functions", "tools must be a list"),
+        ({"messages": [ASK, ANSWER], "tools": [{"function": 5}]}, "with tools that are no functions", "tools must be"),
+        ({"messages": [ASK, ANSWER], "tools": {"type": "web"}}, "with tools that are no functions", "tools must be"),
         ({"prompt": "Ask.", "response": "Reply.", "history": ["Ask."]}, "with a history of no pairs", "[question"),
     ],
 )  # fmt: skip
@@ -296,3 +301,58 @@ def test_a_row_that_a_family_cannot_hold_leaves_the_others(tmp_path):
     bad = {"messages": [ASK, ASK, ANSWER]}
     made = reading(rows(tmp_path, good, bad, good), CONVENTIONS["llama 2"].tokenizer())
     assert made.counts.used == 2 and [item.row for item in made.items] == [1, 3]
+
+
+# -- anything in any column -----------------------------------------------------------------------
+
+TEXT = st.text(st.characters(codec=None), max_size=8) | st.sampled_from(
+    ["<|im_end|>", "{}", "[1]", "user", "assistant"]
+)
+SCALAR = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
+ANY = st.recursive(SCALAR, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXT, v, max_size=3), max_leaves=6)
+ROLE = st.sampled_from(["system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation"])
+CALL = st.fixed_dictionaries({"name": TEXT | ANY}, optional={"arguments": TEXT | ANY, "id": ANY})
+MESSAGE = st.fixed_dictionaries(
+    {"role": ROLE | SCALAR, "content": TEXT | ANY},
+    optional={
+        "tool_calls": st.lists(CALL | CALL.map(lambda c: {"function": c}) | ANY, max_size=2) | ANY,
+        "from": ROLE, "value": ANY, "name": ANY, "reasoning_content": ANY, "weight": ANY,
+    },
+)  # fmt: skip
+TOOL = st.fixed_dictionaries({}, optional={"function": CALL | ANY, "name": TEXT, "type": TEXT, "parameters": ANY})
+CELL = ANY | st.lists(TOOL, max_size=2) | st.lists(MESSAGE, max_size=4)
+COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "tools",
+    "system",
+    "history",
+)
+TOKENIZER = CONVENTIONS["qwen3"].tokenizer()
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.dictionaries(st.sampled_from(COLUMNS), CELL, min_size=1, max_size=4), min_size=1, max_size=3),
+    st.sampled_from([("alpaca", "last"), ("chat", "last"), ("chat", "all")]),
+    st.booleans(),
+)
+def test_whatever_a_row_holds_it_is_read_or_refused_in_one_line(made, how, need_responses):
+    template, turns = how
+    with mock.patch("mskd.data.instructions.read_rows", return_value=made):
+        try:
+            found = reading("any.jsonl", TOKENIZER, need_responses, template=template, turns=turns)
+        except ConfigError as error:
+            assert str(error).strip()
+            return
+    counts = found.counts
+    assert counts.used == len(found.groups) and counts.used + counts.dropped.total() == len(made)
+    for item in found.items:
+        assert all(isinstance(i, int) for i in (*item.example.prompt_ids, *item.example.response_ids))
+        assert item.example.response_ids or not need_responses
+    assert counts.lines() and json.dumps(counts.as_dict())
