@@ -91,21 +91,27 @@ class Chat:
             if not isinstance(s.prompt, TemplateError) and not isinstance(s.whole, TemplateError):
                 shown[i] = s
 
-    def _left_out(self, shown: Sequence[Shown]) -> list[tuple[str, bool] | None]:
-        """What each exchange holds and the template does not write, and whether it is of the answer. Seen by a second
-        render, with a word of its own in each part, where a look at the text does not tell."""
+    def _left_out(self, shown: Sequence[Shown]) -> list[tuple[Refused, bool] | None]:
+        """Why an exchange is refused of which the template leaves a part out, and whether it is one of the answer.
+
+        Seen by a second render, with a word of its own in each part, where a look at the text does not tell.
+        """
         probes = {i: probe(s.exchange) for i, s in enumerate(shown) if needs_probe(s)}
         jobs: list[Job] = []
         for other, _ in probes.values():
             answer = [] if other.answer is None else [other.answer]
             jobs.append(((*other.asked, *answer), other.tools, other.answer is None))
-        found: list[tuple[str, bool] | None] = [None] * len(shown)
+        found: list[tuple[Refused, bool] | None] = [None] * len(shown)
         for (i, (_, words)), text in zip(probes.items(), self.render(jobs), strict=True):
+            where = shown[i].where
             if isinstance(text, TemplateError):
-                found[i] = ("parts, it seems,", False)
-            else:
-                missing = [(part, own) for word, part, own in words if word not in text]
-                found[i] = min(missing, key=lambda part: part[1], default=None)  # first what the prompt lacks
+                said = f"{where}: with other words the template refuses it, so nobody knows what it leaves out: {text}"
+                found[i] = Refused("that cannot be checked for what the chat template leaves out", said), False
+                continue
+            missing = sorted((own, part) for word, part, own in words if word not in text)  # the prompt's first
+            for own, part in missing[:1]:
+                said = f"{where}: the template does not write the {part}"
+                found[i] = Refused(f"whose {part} the chat template leaves out", said), own
         return found
 
     def _marked(self, shown: Sequence[Shown]) -> list[Shown]:
@@ -116,7 +122,7 @@ class Chat:
         found = dict(zip(spelled, again, strict=True))
         return [found.get(i, s) for i, s in enumerate(shown)]
 
-    def _texts(self, s: Shown, missing: tuple[str, bool] | None, marked: Shown) -> Result:
+    def _texts(self, s: Shown, missing: tuple[Refused, bool] | None, marked: Shown) -> Result:
         """The marked texts of prompt and answer, still without ids."""
         prompt, whole = s.prompt, s.whole
         if isinstance(prompt, TemplateError):
@@ -128,13 +134,9 @@ class Chat:
         assert isinstance(marked.prompt, str)
         lacks = s.exchange.lacks
         if missing is not None:
-            part, own = missing
-            gone = Refused(
-                f"whose {part} the chat template leaves out", f"{s.where}: the template does not write the {part}"
-            )
-            if not own:
-                return gone
-            lacks = gone
+            lacks, of_the_answer = missing
+            if not of_the_answer:
+                return lacks
         elif isinstance(whole, TemplateError):
             lacks = self._refusal(s, (*s.exchange.asked, s.exchange.answer or {}), whole)
         elif whole is not None and not whole.startswith(prompt):

@@ -14,6 +14,7 @@ from mskd.data.conversations import Exchange, Turn
 from mskd.data.rendering import TemplateError
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
+THOUGHT = "</think>"  # ends one that an answer's content begins with
 WORD = "zq{}qz"
 
 
@@ -76,6 +77,8 @@ def probe(e: Exchange) -> tuple[Exchange, list[tuple[str, str, bool]]]:
 
     def of(turn: Turn, own: bool) -> Turn:
         turn = dict(turn)
+        if own and THOUGHT in turn["content"]:
+            turn["content"] = turn["content"].replace(THOUGHT, word("thought", own) + THOUGHT, 1)
         if turn["content"].strip() and (own or turn["role"] != "assistant"):
             turn["content"] += word(f"{turn['role']} turn", own)
         if "tool_calls" in turn:

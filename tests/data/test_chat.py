@@ -233,6 +233,21 @@ def test_what_a_template_leaves_out_is_refused_by_name(tmp_path):
     assert "whose assistant turn the chat template leaves out" in refusal(path, plain)
 
 
+def test_a_thought_that_the_template_cuts_off_is_not_lost_unsaid(tmp_path):
+    convention = CONVENTIONS["deepseek v3.1"]
+    messages = [turn("user", "1 + 1?"), turn("assistant", "<think>One and one.</think>Two.")]
+    path = rows(tmp_path, {"messages": messages}, {"messages": [messages[0], turn("assistant", "Two.")]})
+    made = reading(path, convention.tokenizer(), template_kwargs=convention.kwargs)
+    assert made.counts.dropped == {"whose thought the chat template leaves out": 1} and made.items[0].row == 2
+
+
+def test_a_template_that_refuses_other_words_cannot_be_checked(tmp_path):
+    tokenizer = CONVENTIONS["hermes"].tokenizer()
+    tokenizer.chat_template += "{% if tools and tools[0].function.name != 'add' %}{{ raise_exception('?') }}{% endif %}"
+    path = rows(tmp_path, {"messages": [turn("user", "1 + 2?"), turn("assistant", "3")], "tools": [ADD]})
+    assert "1 that cannot be checked for what the chat template leaves out; the first: " in refusal(path, tokenizer)
+
+
 def test_a_template_that_writes_the_system_prompt_of_the_last_turn_only_is_seen_through(tmp_path):
     """Mistral's, where the answer comes last, loses the system prompt that the question alone has."""
     tokenizer = CONVENTIONS["mistral"].tokenizer()
