@@ -10,14 +10,17 @@ Steps are optimizer steps of the hop, counted from 1 through all its phases; pha
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mskd.config import ConfigError
+from mskd.store.hashes import NotRegular
 from mskd.store.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class Tracker:
         if self.main:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if os.path.lexists(self.path) and not self.path.is_file():  # a pipe would keep us for ever
+                    raise NotRegular(errno.EINVAL, "no regular file is in its place")
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             except OSError as e:
                 raise self._unwritable(e) from None

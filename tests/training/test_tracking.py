@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,14 @@ except OSError as e:
         tracker.truncate_after(99)
     steps = [x["step"] for x in read(tmp_path)]
     assert steps == list(range(1, len(steps) + 1)) and steps
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/full"), Path.mkdir])
+def test_what_is_no_file_in_the_place_of_the_metrics_is_an_os_error_at_once(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="cannot write the metrics: no regular file is in its place"):
+        with Tracker(tmp_path, "h"):
+            pass
 
 
 def test_a_place_that_cannot_be_written_is_an_os_error(tmp_path):
